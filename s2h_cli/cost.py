@@ -1,0 +1,148 @@
+"""Cost: MACs and parameters as one formula in the widths of the groups.
+
+The convention is fvcore's: a fused multiply-add counts as one, biases and activations as nothing, batch norm in eval mode as
+two per element, layer and group norm as five, adaptive average pooling as one. Scaled dot-product attention, for which fvcore
+has no handle, counts as its two matrix products. All figures are for one image.
+
+`FORMULAS` is the table from operator to formula. `CostModel` evaluates it for widths given as a NumPy array or as a torch
+tensor, differentiably; `count_macs` is fvcore's own count of a real network, which must agree.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from dataclasses import dataclass
+from typing import Any, Callable, NamedTuple
+
+import numpy as np
+import torch
+from fvcore.nn import FlopCountAnalysis
+from torch import nn
+
+from .labels import Dim
+from .rules import Tensor
+
+Axis = tuple[int, Dim]
+#: A product: a constant times the number of kept indices of each axis.
+Product = tuple[int, list[Axis]]
+
+CONVENTION = "MACs as fvcore counts them: one multiply-add is one; whole network, one image"
+
+
+def _axes(tensor: Tensor, start: int = 0, stop: int | None = None) -> list[Axis]:
+    return list(zip(tensor.shape, tensor.dims))[start:stop]
+
+
+def _conv(args: tuple, out: Tensor) -> list[Product]:
+    return [(1, _axes(out) + _axes(args[1], 1))]
+
+
+def _linear(args: tuple, out: Tensor) -> list[Product]:
+    return [(1, _axes(out) + _axes(args[1], 1))]
+
+
+def _matmul(args: tuple, out: Tensor) -> list[Product]:
+    return [(1, _axes(out) + _axes(args[0], -1))]
+
+
+def _attention(args: tuple, out: Tensor) -> list[Product]:
+    q, k, _, *_ = args
+    return [(1, _axes(q) + _axes(k, -2, -1)), (1, _axes(out) + _axes(k, -2, -1))]
+
+
+def _batch_norm(args: tuple, out: Tensor) -> list[Product]:
+    return [(1 if args[1] is None else 2, _axes(out))]
+
+
+def _norm(args: tuple, out: Tensor) -> list[Product]:
+    return [(4 if args[2] is None else 5, _axes(out))]
+
+
+FORMULAS: dict[str, Callable[[tuple, Tensor], list[Product]]] = {
+    "conv1d": _conv, "conv2d": _conv, "conv3d": _conv, "linear": _linear, "matmul": _matmul, "bmm": _matmul,
+    "scaled_dot_product_attention": _attention, "batch_norm": _batch_norm, "layer_norm": _norm, "group_norm": _norm,
+    "adaptive_avg_pool2d": lambda args, out: [(1, _axes(args[0]))],
+    "upsample_nearest2d": lambda args, out: [(1, _axes(out))],
+    "upsample_bilinear2d": lambda args, out: [(4, _axes(out))],
+}
+
+
+class Count(NamedTuple):
+    """Number of kept indices of an axis: the sum over terms of a coefficient times the widths of some groups."""
+
+    terms: tuple[tuple[float, tuple[int, ...]], ...]
+
+
+@dataclass
+class CostModel:
+    """Evaluates sums of products of counts. Index arrays are padded: count `len(counts)` and width `groups` are 1.
+
+    `owner[i]` is the row (a layer, a parameter) that product i belongs to.
+    """
+
+    groups: int
+    rows: int
+    coefficients: np.ndarray  # (products,)
+    owner: np.ndarray  # (products,)
+    factors: np.ndarray  # (products, k) into counts
+    term_coefficients: np.ndarray  # (terms,)
+    term_owner: np.ndarray  # (terms,) into counts
+    term_factors: np.ndarray  # (terms, m) into widths
+    counts: int
+
+    @classmethod
+    def build(cls, groups: int, rows: list[list[tuple[float, list[Count]]]]) -> "CostModel":
+        """From rows of (constant, counts of its axes)."""
+        index: dict[Count, int] = {}
+        products = [(constant, [index.setdefault(c, len(index)) for c in counts], i)
+                    for i, row in enumerate(rows) for constant, counts in row]
+        terms = [(coefficient, list(factors), i) for count, i in index.items() for coefficient, factors in count.terms]
+        return cls(groups, len(rows), np.array([p[0] for p in products], float), np.array([p[2] for p in products], int),
+                   _padded([p[1] for p in products], len(index)), np.array([t[0] for t in terms], float),
+                   np.array([t[2] for t in terms], int), _padded([t[1] for t in terms], groups), len(index))
+
+    def by_row(self, widths: np.ndarray) -> np.ndarray:
+        """Cost of each row for integer widths (groups,): exact integers."""
+        wide = np.append(np.asarray(widths, float), 1.0)
+        counts = np.bincount(self.term_owner, self.term_coefficients * wide[self.term_factors].prod(1), self.counts)
+        products = self.coefficients * np.append(counts, 1.0)[self.factors].prod(1)
+        return np.rint(np.bincount(self.owner, products, self.rows)).astype(np.int64)
+
+    def total(self, widths: np.ndarray) -> int:
+        return int(self.by_row(widths).sum())
+
+    def differentiable(self, widths: torch.Tensor) -> torch.Tensor:
+        """Total cost, a float64 scalar, for real widths (groups,)."""
+        def tensor(a: np.ndarray) -> torch.Tensor:
+            return torch.as_tensor(a, device=widths.device)
+
+        wide = torch.cat([widths.double(), widths.new_ones(1, dtype=torch.float64)])
+        counts = wide.new_zeros(self.counts + 1).index_add(
+            0, tensor(self.term_owner), tensor(self.term_coefficients) * wide[tensor(self.term_factors)].prod(1))
+        counts = counts + torch.nn.functional.one_hot(tensor(np.array(self.counts)), self.counts + 1)
+        return (tensor(self.coefficients) * counts[tensor(self.factors)].prod(1)).sum()
+
+
+def _padded(rows: list[list[int]], padding: int) -> np.ndarray:
+    width = max(map(len, rows), default=1) or 1
+    return np.array([row + [padding] * (width - len(row)) for row in rows], int).reshape(len(rows), width)
+
+
+def count_macs(network: nn.Module, input_size: tuple[int, int, int]) -> dict[str, int]:
+    """fvcore's own count of a real network in eval mode, by operator, for one image of (C, H, W).
+
+    The sum over operators is `FlopCountAnalysis(network, x).total()` with one handle added, for attention.
+    """
+    parameter = next(network.parameters())
+    analysis = FlopCountAnalysis(network.eval(), torch.zeros(1, *input_size, device=parameter.device, dtype=parameter.dtype))
+    analysis.set_op_handle("aten::scaled_dot_product_attention", _attention_handle)
+    analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False).tracer_warnings("none")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return {name: int(macs) for name, macs in analysis.by_operator().items()}
+
+
+def _attention_handle(inputs: list[Any], outputs: list[Any]) -> int:
+    q, k, v = ([int(n) for n in value.type().sizes()] for value in inputs[:3])
+    return math.prod(q) * k[-2] + math.prod(q[:-1]) * k[-2] * v[-1]

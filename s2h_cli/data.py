@@ -1,0 +1,374 @@
+"""Opens image data sets and feeds them to training and evaluation."""
+
+import copy
+import os
+import random
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from timm.data import ImageDataset, create_dataset, create_transform
+from timm.data.readers.img_extensions import get_img_extensions
+from torch.utils.data import DataLoader, Dataset, default_collate
+
+from .errors import UserError, why
+
+TIMM_PREFIXES = ("torch/", "hfds/")
+STREAM_PREFIXES = ("hfids/", "wds/", "tfds/")  # timm reads them, but in no order that repeats
+VAL_FOLDERS = ("val", "validation", "test")
+DIGITS_VAL_FRACTION = 0.2
+SMALL_IMAGE = 64  # pixels; images up to this side are cropped gently and keep their colours
+SEED_RANGE = 2**62
+SHOWN_NAMES = 5
+
+
+@dataclass
+class Splits:
+    """A data set split for training and validation.
+
+    Attributes:
+        train: Images to train on; pass it to make_loader.
+        val: Images to evaluate on; pass it to make_loader.
+        class_names: Name of each class, by target.
+        notes: What the user should know about how the data was read.
+        flip: Whether a mirrored image still shows its class (not so for digits).
+    """
+
+    train: "ImageSet"
+    val: "ImageSet"
+    class_names: list[str]
+    notes: list[str]
+    flip: bool
+
+
+class ImageSet(Dataset):
+    """Labelled images, of which one that cannot be read is named and never replaced by another.
+
+    An item is the transformed image with its target. For an unreadable image it is None with
+    skip_bad, else the message of the error, which the loader raises in the main process.
+    """
+
+    transform = None
+    mode = "RGB"
+    epoch_seed = 0
+
+    def __init__(self, source: Sequence, origin: str, skip_bad: bool):
+        """Wraps a sequence of images.
+
+        Args:
+            source: Pairs of an image (a path, an open file or a PIL image) and its target.
+            origin: What to call the source in messages.
+            skip_bad: Leave unreadable images out, and count them, in place of stopping.
+        """
+        self.source = source
+        self.origin = origin
+        self.skip_bad = skip_bad
+        self.bad = torch.zeros(len(source), dtype=torch.bool).share_memory_()  # also set by workers
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def name(self, index: int) -> str:
+        """Names an image: its path, if it is a file."""
+        return str(self.source[index][0]) if isinstance(self.source, list) else f"{self.origin} image {index}"
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, int] | str | None:
+        try:
+            image, target = self.source[index]
+            if not isinstance(image, Image.Image):
+                image = Image.open(image)
+            with image:
+                image = _eight_bits(image).convert(self.mode)
+        except Exception as error:  # Pillow's decoders raise errors of many types
+            self.bad[index] = True
+            if self.skip_bad:
+                return None
+            return f"cannot read image '{self.name(index)}' ({why(error)}); mend it or pass --skip-bad-images"
+        with _randomness(self.epoch_seed + index):
+            return self.transform(image), int(target)
+
+
+def _eight_bits(image: Image.Image) -> Image.Image:
+    """Scales 16-bit greyscale, which Pillow would clip, to 8 bits."""
+    if image.mode.startswith("I;16"):
+        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    return image
+
+
+@contextmanager
+def _randomness(seed: int) -> Iterator[None]:
+    """Runs a block with its own random numbers, and leaves those of the training untouched."""
+    python, cpu = random.getstate(), torch.get_rng_state()
+    random.seed(seed)
+    torch.default_generator.manual_seed(seed)
+    try:
+        yield
+    finally:
+        random.setstate(python)
+        torch.set_rng_state(cpu)
+
+
+def bad_images(dataset: ImageSet) -> list[str]:
+    """Names the images of a set that could not be read so far, each once, in the set's order."""
+    return [dataset.name(index) for index in dataset.bad.nonzero().flatten().tolist()]
+
+
+def open_splits(spec: str, *, val_fraction: float = 0.1, seed: int = 0, skip_bad_images: bool = False) -> Splits:
+    """Opens the data set that a DATA string names.
+
+    Args:
+        spec: A folder with ``train/`` and ``val/`` (or ``validation/``, ``test/``), each with one
+            folder per class; a folder with one folder per class; ``digits``; or a timm data set
+            such as ``torch/cifar100`` or ``hfds/NAME``. A folder by such a name is ``./digits``.
+        val_fraction: Share of each class to validate on, where a folder has no split of its own.
+        seed: Decides which images that share holds.
+        skip_bad_images: Leave unreadable images out, and count them, in place of stopping.
+
+    Returns:
+        The two sets with their class names.
+
+    Raises:
+        UserError: The data cannot be found, or is not fit to train on.
+    """
+    if not 0 < val_fraction < 1:
+        raise UserError(f"the share of images to validate on is {val_fraction}; give one between 0 and 1")
+    if spec == "digits":
+        return _open_digits(seed)
+    if spec.lower().startswith(STREAM_PREFIXES):
+        raise UserError(
+            f"'{spec}' is a stream, which cannot be read in an order that repeats; use hfds/, torch/ or an image folder"
+        )
+    if spec.lower().startswith(TIMM_PREFIXES):
+        return _open_timm(spec, skip_bad_images)
+    root = Path(spec)
+    if not root.is_dir():
+        raise UserError(f"no data folder '{spec}'; give an image folder, 'digits' or a data set like torch/cifar10")
+    train_root, val_roots = root / "train", [root / name for name in VAL_FOLDERS if (root / name).is_dir()]
+    if train_root.is_dir() and (val_roots or _subfolders(train_root)):
+        if not val_roots:
+            raise UserError(f"'{root}' has train/ but no val/; add it, or give '{train_root}' to have it split")
+        class_names, train, notes = _scan(train_root)
+        val_names, val, val_notes = _scan(val_roots[0])
+        if val_names != class_names:
+            only_train, only_val = set(class_names) - set(val_names), set(val_names) - set(class_names)
+            raise UserError(
+                f"'{train_root}' and '{val_roots[0]}' differ in classes: only the first has {_listed(only_train)}, "
+                f"only the second {_listed(only_val)}; give both the same class folders"
+            )
+        notes += val_notes
+        if len(val_roots) > 1:
+            notes.append(f"validation uses '{val_roots[0]}', not {_listed(p.name for p in val_roots[1:])}")
+    else:
+        class_names, samples, notes = _scan(root)
+        counts = Counter(class_names[target] for _, target in samples)
+        lonely = [name for name in class_names if counts[name] < 2]
+        if lonely:
+            raise UserError(f"'{root}' has only 1 image of class {_listed(lonely)}, too few to split; add more images")
+        train, val = _split(samples, val_fraction, seed)
+        notes.append(f"'{root}' was split: {len(train)} images to train on, {len(val)} to validate on (seed {seed})")
+    return Splits(
+        ImageSet(train, str(root), skip_bad_images), ImageSet(val, str(root), skip_bad_images), class_names, notes, True
+    )
+
+
+def _subfolders(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.iterdir() if path.is_dir())
+
+
+def _listed(names: Iterable[str]) -> str:
+    names = sorted(names)
+    more = f" and {len(names) - SHOWN_NAMES} more" if len(names) > SHOWN_NAMES else ""
+    return (", ".join(names[:SHOWN_NAMES]) or "none") + more
+
+
+def _scan(root: Path) -> tuple[list[str], list[tuple[str, int]], list[str]]:
+    """Finds the images of a folder of class folders: class names, (path, target) pairs and notes."""
+    extensions = get_img_extensions(as_set=True)
+    folders = _subfolders(root)
+    samples, others, empty = [], [], []
+    for target, folder in enumerate(folders):
+        files = sorted(os.path.join(at, name) for at, _, names in os.walk(folder, followlinks=True) for name in names)
+        images = [file for file in files if os.path.splitext(file)[1].lower() in extensions]
+        others += sorted(set(files) - set(images))
+        samples += [(image, target) for image in images]
+        if not images:
+            empty.append(folder.name)
+    if not samples:
+        raise UserError(f"no images in class folders of '{root}'; put each class's images into a folder of its own")
+    if empty:
+        raise UserError(f"no images in class folder {_listed(empty)} of '{root}'; add some or remove the folder")
+    if len(folders) == 1:
+        raise UserError(f"'{root}' has one class, '{folders[0].name}'; give a folder with two or more class folders")
+    notes = []
+    if others:
+        notes.append(f"{len(others)} files under '{root}' are no images and were left out, such as '{others[0]}'")
+    return [folder.name for folder in folders], samples, notes
+
+
+def _split(samples: list, val_fraction: float, seed: int) -> tuple[list, list]:
+    """Splits (image, target) pairs so that each class has the share, but at least one, in both parts."""
+    by_class = {}
+    for sample in samples:
+        by_class.setdefault(sample[1], []).append(sample)
+    shuffler = random.Random(seed)
+    train, val = [], []
+    for target in sorted(by_class):
+        members = by_class[target]
+        shuffler.shuffle(members)
+        count = min(max(round(len(members) * val_fraction), 1), len(members) - 1)
+        val += members[:count]
+        train += members[count:]
+    return train, val
+
+
+def _open_digits(seed: int) -> Splits:
+    try:
+        from sklearn.datasets import load_digits
+    except ImportError:
+        raise UserError("the digits need scikit-learn; install it with: pip install 's2h[demo]'") from None
+    digits = load_digits()
+    images = (digits.images * (255 / 16)).round().astype(np.uint8)  # (1797, 8, 8), from 0..16
+    samples = [(Image.fromarray(image).convert("RGB"), int(target)) for image, target in zip(images, digits.target)]
+    train, val = _split(samples, DIGITS_VAL_FRACTION, seed)
+    class_names = [str(name) for name in digits.target_names]
+    return Splits(ImageSet(train, "digits", False), ImageSet(val, "digits", False), class_names, [], False)
+
+
+def _open_timm(spec: str, skip_bad: bool) -> Splits:
+    train, val = _create(spec, "train"), _create(spec, "validation", "test")
+    if isinstance(train, ImageDataset):  # its reader does not put another image in place of a bad one
+        train, val = train.reader, val.reader
+        class_names = sorted(train.class_to_idx, key=train.class_to_idx.get)
+    else:
+        class_names = getattr(train, "classes", None)
+    if not class_names:
+        raise UserError(f"'{spec}' does not tell the names of its classes; use another data set or an image folder")
+    flip = "mnist" not in spec.lower()
+    return Splits(
+        ImageSet(train, f"{spec} train", skip_bad), ImageSet(val, f"{spec} val", skip_bad),
+        [str(name) for name in class_names], [], flip,
+    )  # fmt: skip
+
+
+def _create(spec: str, *splits: str) -> Dataset:
+    """Opens the first of the named splits that a timm data set has, downloading it if need be."""
+    root = os.path.join(os.path.dirname(torch.hub.get_dir()), "datasets") if spec.lower().startswith("torch/") else None
+    for split in splits:
+        try:
+            return create_dataset(spec, root=root, split=split, download=True)
+        except Exception as error:
+            if isinstance(error, ValueError) and "split" in str(error) and split != splits[-1]:
+                continue  # the next name may be the right one
+            raise UserError(
+                f"timm cannot open '{spec}' split '{split}' ({why(error)}); check the name, the network and its package"
+            ) from error
+
+
+class _Loader(DataLoader):
+    """Batches whose order and augmentation follow from the seeds alone, not from the workers."""
+
+    def __init__(self, dataset: ImageSet, train: bool, seed: int, **options):
+        super().__init__(dataset, generator=torch.Generator(), **options)
+        self.train = train
+        self.seed = seed
+
+    def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        # one draw per epoch of training; evaluation leaves the random state as it is
+        drawn = torch.randint(SEED_RANGE, ()).item() if self.train else 0
+        self.dataset.epoch_seed = (drawn + self.seed) % SEED_RANGE
+        self.generator.manual_seed(self.dataset.epoch_seed)
+        empty = True
+        for batch in super().__iter__():
+            if isinstance(batch, str):
+                raise UserError(batch)
+            if batch is not None:
+                empty = False
+                yield batch
+        if empty:
+            raise UserError(f"no image of '{self.dataset.origin}' can be read; check the files")
+
+
+def _collate(items: list[tuple[torch.Tensor, int] | str | None]) -> list[torch.Tensor] | str | None:
+    """Makes a batch of the readable images: an error's message if there is one, None if all are bad."""
+    for item in items:
+        if isinstance(item, str):
+            return item
+    items = [item for item in items if item is not None]
+    return default_collate(items) if items else None
+
+
+def make_loader(
+    dataset: ImageSet,
+    *,
+    input_size: tuple[int, int, int],
+    mean: tuple[float, ...],
+    std: tuple[float, ...],
+    interpolation: str,
+    crop_pct: float,
+    train: bool,
+    batch_size: int,
+    workers: int,
+    flip: bool,
+    seed: int = 0,
+) -> DataLoader:
+    """Makes the loader for one of the sets of open_splits.
+
+    For training the order and the augmentation of an epoch follow from the seed and from torch's
+    random state when the iteration starts; so a loop that seeds torch with its seed and the
+    epoch's number before each epoch can be resumed. The number of workers changes nothing. The
+    last incomplete batch is left out, unless the set is smaller than a batch.
+
+    Args:
+        dataset: The images; it is not changed, so one set may have several loaders.
+        input_size: (C, H, W) of the batches, H and W in pixels.
+        mean: Per-channel mean of the normalisation, on the 0..1 scale.
+        std: Per-channel standard deviation of the normalisation, on the 0..1 scale.
+        interpolation: Name of the resize filter.
+        crop_pct: Share of the side that the centre crop keeps; all of it for inputs up to 64 px.
+        train: Shuffle and augment.
+        batch_size: Images per batch.
+        workers: Processes that load images; 0 loads them in this one.
+        flip: Mirror half of the training images.
+        seed: Mixed into the randomness of each epoch.
+
+    Returns:
+        A loader of batches: float32 images (N, C, H, W) and int64 targets (N,).
+
+    Raises:
+        UserError: The model takes neither 1 nor 3 channels; while iterating: an image cannot be
+            read, or with skip_bad_images none at all.
+    """
+    channels, *size = input_size
+    modes = {1: "L", 3: "RGB"}
+    if channels not in modes:
+        raise UserError(f"the model takes images with {channels} channels; use one that takes 1 or 3")
+    small = max(size) <= SMALL_IMAGE
+    dataset = copy.copy(dataset)  # still shares the record of bad images
+    dataset.mode = modes[channels]
+    dataset.transform = create_transform(
+        input_size,
+        is_training=train,
+        scale=(0.6, 1.0) if small else None,
+        hflip=0.5 if flip else 0.0,
+        color_jitter=None if small else 0.4,
+        interpolation=interpolation,
+        mean=mean,
+        std=std,
+        crop_pct=1.0 if small else crop_pct,
+    )
+    return _Loader(
+        dataset,
+        train,
+        seed,
+        batch_size=batch_size,
+        shuffle=train,
+        drop_last=train and len(dataset) >= batch_size,
+        num_workers=workers,
+        collate_fn=_collate,
+        pin_memory=torch.cuda.is_available(),
+    )

@@ -1,0 +1,470 @@
+"""Capture: an `nn.Module` becomes one canonical `torch.fx.GraphModule`.
+
+The canonical graph is the only forward definition in the program. `torch.export` gives ATen operators; here they are put
+back into ordinary PyTorch: layers that own parameters are `torch.nn` modules at their original dotted names, the rest are
+plain functions. The same graph, given full, gated or sliced parameters, is soft network, hard network and result.
+
+Every call node keeps four facts in `node.meta`, from which labels and cost are read:
+
+* `op`: the ATen operator's name without overload and without the in-place underscore, e.g. `"conv2d"`;
+* `args`: its ATen arguments in schema order, defaults filled in, tensors as `Ref` (a node) or `Param` (a parameter or buffer);
+* `layer`: the layer's name for tables, e.g. `"layer1.0.conv1"`;
+* `shape`: the output's shape (a list of shapes for several outputs) at batch size `BATCH`.
+"""
+
+from __future__ import annotations
+
+import operator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Callable, Iterator, NamedTuple
+
+import torch
+from torch import fx, nn
+
+from .errors import UserError
+
+#: Stands for the free batch dimension in recorded shapes: a prime that no layer width or resolution equals.
+BATCH = 1009
+
+
+@dataclass(frozen=True)
+class Ref:
+    """A tensor argument that another node computes."""
+
+    name: str
+
+
+@dataclass(frozen=True)
+class Param:
+    """A tensor argument that is a parameter or buffer of the model."""
+
+    name: str
+
+
+class Captured(NamedTuple):
+    """What `capture` returns: the canonical network and what a user should know about it."""
+
+    network: fx.GraphModule
+    notes: list[str]
+    static_batch: int | None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Stochastic depth: eval capture would drop it, so a marker operator keeps it in the graph as one node.
+
+
+@torch.library.custom_op("s2h::drop_path", mutates_args=())
+def drop_path(x: torch.Tensor, p: float, mode: str) -> torch.Tensor:
+    """Marks stochastic depth of probability `p` during capture; the identity."""
+    return x.clone()
+
+
+@drop_path.register_fake
+def _(x: torch.Tensor, p: float, mode: str) -> torch.Tensor:
+    return torch.empty_like(x)
+
+
+@contextmanager
+def _marked_drop_paths(model: nn.Module) -> Iterator[None]:
+    """Replaces the forward of timm's and torchvision's stochastic depth by the marker, for the time of the capture."""
+    patched = []
+    for module in model.modules():
+        kind = type(module).__name__
+        if kind == "DropPath" and getattr(module, "drop_prob", 0):
+            p, mode = module.drop_prob, "row"
+        elif kind == "StochasticDepth" and module.p:
+            p, mode = module.p, module.mode
+        else:
+            continue
+        module.forward = lambda x, p=float(p), mode=mode: drop_path(x, p, mode)
+        patched.append(module)
+    try:
+        yield
+    finally:
+        for module in patched:
+            del module.forward
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# ATen operators whose parameters belong to one torch.nn layer: how to build the layer from the ATen arguments.
+
+
+def _conv(cls: type, a: list, weight: torch.Tensor) -> nn.Module:
+    _, _, bias, stride, padding, dilation, groups = a
+    with torch.device("meta"):
+        return cls(weight.shape[1] * groups, weight.shape[0], tuple(weight.shape[2:]), _tuple(stride), _tuple(padding),
+                   _tuple(dilation), groups, bias is not None)
+
+
+def _linear(a: list, weight: torch.Tensor) -> nn.Module:
+    with torch.device("meta"):
+        return nn.Linear(weight.shape[1], weight.shape[0], a[2] is not None)
+
+
+def _batch_norm(a: list, weight: torch.Tensor, ndim: int) -> nn.Module:
+    cls = {2: nn.BatchNorm1d, 3: nn.BatchNorm1d, 4: nn.BatchNorm2d, 5: nn.BatchNorm3d}[ndim]
+    with torch.device("meta"):
+        return cls(weight.shape[0], eps=a[7], momentum=a[6])
+
+
+def _layer_norm(a: list) -> nn.Module:
+    with torch.device("meta"):
+        return nn.LayerNorm(tuple(a[1]), eps=a[4], bias=a[3] is not None)
+
+
+def _group_norm(a: list, weight: torch.Tensor) -> nn.Module:
+    with torch.device("meta"):
+        return nn.GroupNorm(a[1], weight.shape[0], eps=a[4])
+
+
+class Layer(NamedTuple):
+    """A `torch.nn` layer behind an ATen operator: its tensors (attribute, argument position) and its constructor."""
+
+    tensors: dict[str, int]
+    build: Callable[[list, torch.Tensor, int], nn.Module]
+
+
+_WEIGHT_BIAS = {"weight": 1, "bias": 2}
+LAYERS: dict[str, Layer] = {
+    "conv1d": Layer(_WEIGHT_BIAS, lambda a, w, n: _conv(nn.Conv1d, a, w)),
+    "conv2d": Layer(_WEIGHT_BIAS, lambda a, w, n: _conv(nn.Conv2d, a, w)),
+    "conv3d": Layer(_WEIGHT_BIAS, lambda a, w, n: _conv(nn.Conv3d, a, w)),
+    "linear": Layer(_WEIGHT_BIAS, lambda a, w, n: _linear(a, w)),
+    "batch_norm": Layer({"weight": 1, "bias": 2, "running_mean": 3, "running_var": 4}, _batch_norm),
+    "layer_norm": Layer({"weight": 2, "bias": 3}, lambda a, w, n: _layer_norm(a)),
+    "group_norm": Layer({"weight": 2, "bias": 3}, lambda a, w, n: _group_norm(a, w)),
+}
+
+#: ATen operators written as a plain PyTorch function of the same arguments. Those not listed stay ATen calls.
+FUNCTIONS: dict[str, str] = {
+    **{op: f"torch.nn.functional.{op}" for op in (
+        "conv1d", "conv2d", "conv3d", "linear", "relu", "relu6", "hardtanh",
+        "hardswish", "hardsigmoid", "silu", "mish", "gelu", "leaky_relu", "softplus", "max_pool2d", "avg_pool2d",
+        "adaptive_avg_pool2d", "pad", "scaled_dot_product_attention")},
+    **{op: f"torch.{op}" for op in (
+        "cat", "flatten", "unflatten", "permute", "transpose", "squeeze", "unsqueeze", "matmul", "bmm", "roll", "select",
+        "unbind", "sigmoid", "tanh", "mean", "softmax", "split", "reshape")},
+    "add": "operator.add", "sub": "operator.sub", "mul": "operator.mul", "div": "operator.truediv",
+}
+
+#: Nodes that only check shapes at run time; they go.
+_ASSERTIONS = ("_assert", "sym_constrain", "_assert_scalar", "_assert_async", "_assert_tensor_metadata")
+
+
+def capture(model: nn.Module, input_size: tuple[int, int, int]) -> Captured:
+    """Captures an image classifier as a canonical graph.
+
+    Args:
+        model: takes a float tensor (N, C, H, W), returns logits (N, classes). It is put into eval mode.
+        input_size: (C, H, W) in channels and pixels.
+
+    Raises:
+        UserError: `torch.export` cannot capture the model, or it does not map one tensor to one tensor.
+    """
+    model.eval()
+    exported, static_batch = _export(model, input_size)
+    notes = []
+    if static_batch:
+        notes.append(f"torch.export insists on a fixed batch: exported artifacts take batches of {static_batch} only")
+    network = _Canonical(exported, model).build()
+    dropped = sorted({name.rsplit(".", 1)[0].split(".")[0] for name, _ in model.named_parameters()}
+                     - {name.split(".")[0] for name, _ in network.named_parameters()})
+    if dropped:
+        notes.append(f"used in training only, dropped: {', '.join(dropped)}")
+    network.meta.update(input_size=list(input_size), batch=static_batch or BATCH)
+    return Captured(network, notes, static_batch)
+
+
+def _export(model: nn.Module, input_size: tuple[int, int, int]) -> tuple[torch.export.ExportedProgram, int | None]:
+    """The exported program, and the batch size where it could not stay free."""
+    first = None
+    for batch, dim in ((2, torch.export.Dim.DYNAMIC), (1, None)):
+        try:
+            with _marked_drop_paths(model), torch.no_grad():
+                exported = torch.export.export(model, (torch.zeros(batch, *input_size),), strict=False,
+                                               dynamic_shapes=({0: dim} if dim else None,))
+            return exported, None if dim else batch
+        except Exception as error:  # torch.export raises whatever the model's own code raises
+            first = first or error
+    line = " ".join(str(first).split())[:300]
+    raise UserError(f"the model cannot be captured at input {'x'.join(map(str, input_size))}: {type(first).__name__}: {line}; "
+                    "check that it runs on a batch of images of that size (--img-size)")
+
+
+class _Canonical:
+    """Rewrites one exported program as a GraphModule of torch.nn layers and plain functions."""
+
+    def __init__(self, exported: torch.export.ExportedProgram, model: nn.Module):
+        self.exported = exported
+        self.model = model
+        self.graph = fx.Graph()
+        self.root = nn.Module()
+        self.tensors = {**dict(model.named_parameters(remove_duplicate=False)),
+                        **dict(model.named_buffers(remove_duplicate=False)), **exported.constants}
+        self.new: dict[fx.Node, fx.Node] = {}  # exported node -> canonical node
+        self.params: dict[fx.Node, str] = {}  # exported placeholder -> dotted name
+
+    def build(self) -> fx.GraphModule:
+        signature = self.exported.graph_signature
+        named = {**signature.inputs_to_parameters, **signature.inputs_to_buffers, **signature.inputs_to_lifted_tensor_constants}
+        _drop_assertions(self.exported.graph)
+        for node in self.exported.graph.nodes:
+            if node.op == "placeholder":
+                if node.name in named:
+                    self.params[node] = named[node.name]
+                else:
+                    self.new[node] = self.graph.placeholder(node.name)
+                    self.new[node].meta["shape"] = _shape(node)
+            elif node.op == "output":
+                (outputs,) = node.args
+                if len(outputs) != 1 or not isinstance(outputs[0], fx.Node):
+                    raise UserError(f"the model returns {len(outputs)} outputs; wrap it so that it returns the logits alone")
+                self.graph.output(self._value(outputs[0]))
+            elif node.op == "call_function":
+                self.new[node] = self._call(node)
+            else:
+                raise UserError(f"the model cannot be captured: it contains the construct {node.target!r} "
+                                f"({_where(node)}); rewrite that part of the model without it")
+        network = fx.GraphModule(self.root, self.graph, type(self.model).__name__)
+        network.graph.eliminate_dead_code()
+        network.delete_all_unused_submodules()
+        network.recompile()
+        return network.eval()
+
+    # -- values ---------------------------------------------------------------------------------------------------
+
+    def _value(self, node: fx.Node) -> fx.Node:
+        """The canonical node of an exported one; parameters become `get_attr`."""
+        if node not in self.new:
+            name = self.params[node]
+            self._register(name)
+            self.new[node] = self.graph.get_attr(name)
+            self.new[node].meta.update(op="get_attr", args=(Param(name),), shape=_shape(node))
+        return self.new[node]
+
+    def _register(self, name: str) -> None:
+        path, _, leaf = name.rpartition(".")
+        owner = _container(self.root, path)
+        tensor = self.tensors[name]
+        if isinstance(tensor, nn.Parameter):
+            owner.register_parameter(leaf, tensor)
+        else:
+            owner.register_buffer(leaf, tensor)
+
+    def _call(self, node: fx.Node) -> fx.Node:
+        op, args = aten_call(node)
+        # Where a node becomes nothing (a dropout of probability 0, a slice of everything) its input stands for it.
+        if _is_identity(op, args, node):
+            return self._value(args[0])
+        new = self._layer(node, op, args) or self._function(node, op, args)
+        new.meta.update(op=op, shape=_shape(node), layer=self._layer_name(node, args), args=fx.node.map_aggregate(tuple(args), self._reference))
+        new.name = node.name
+        if _mutates(node) and not _mutates(new):
+            # The model changed its input in place; here a new value takes its place for every later reader.
+            before = self._value(args[0])
+            self.new.update({old: new for old, current in self.new.items() if current is before})
+        return new
+
+    def _reference(self, value: Any) -> Any:
+        if not isinstance(value, fx.Node):
+            return value
+        return Param(self.params[value]) if value in self.params else Ref(self._value(value).name)
+
+    def _layer_name(self, node: fx.Node, args: list) -> str:
+        """What to call the node in tables: its weight's owner, or the module whose forward made it."""
+        for arg in args:
+            if isinstance(arg, fx.Node) and arg in self.params:
+                return self.params[arg].removesuffix(".weight")
+        stack = node.meta.get("nn_module_stack")
+        return stack and next(reversed(stack.values()))[0] or node.name
+
+    # -- layers and functions -------------------------------------------------------------------------------------
+
+    def _layer(self, node: fx.Node, op: str, args: list) -> fx.Node | None:
+        """The node as a torch.nn module at its original name, if its tensors belong to it alone."""
+        if op in ("dropout", "feature_dropout", "drop_path"):
+            path = next(reversed(node.meta["nn_module_stack"].values()))[0] if node.meta.get("nn_module_stack") else ""
+            return self._module(path or node.name, _dropout(op, args), node, args[0])
+        layer = LAYERS.get(op)
+        if layer is None or not isinstance(args[layer.tensors["weight"]], fx.Node):
+            return None
+        if op == "batch_norm" and None in args[1:5]:
+            return None
+        weight = args[layer.tensors["weight"]]
+        path = self.params.get(weight, "").rpartition(".")[0]
+        for attribute, position in layer.tensors.items():
+            tensor = args[position]
+            if tensor is None:
+                continue
+            if self.params.get(tensor) != f"{path}.{attribute}" or len(tensor.users) > 1:
+                return None
+        module = layer.build(args, weight.meta["val"], len(node.meta["val"].shape))
+        for attribute, position in layer.tensors.items():
+            if args[position] is not None:
+                tensor = self.tensors[f"{path}.{attribute}"]
+                if attribute in module._parameters:
+                    module.register_parameter(attribute, tensor)
+                else:
+                    module.register_buffer(attribute, tensor)
+        if op == "batch_norm":
+            module.num_batches_tracked = torch.zeros((), dtype=torch.long)
+        return self._module(path, module, node, args[0])
+
+    def _module(self, path: str, module: nn.Module, node: fx.Node, x: fx.Node) -> fx.Node | None:
+        parent, _, leaf = path.rpartition(".")
+        owner = _container(self.root, parent)
+        present = owner._modules.get(leaf)
+        if present is not None:
+            if type(present) is not nn.Module:  # another layer lives at this name already
+                path = f"{path}_{node.name}"
+                owner, leaf = _container(self.root, parent), path.rpartition(".")[2]
+            else:  # a container that was made for its children: they move into the layer
+                for name, child in present._modules.items():
+                    module.add_module(name, child)
+        owner.add_module(leaf, module)
+        return self.graph.create_node("call_module", path, (self._value(x),))
+
+    def _function(self, node: fx.Node, op: str, args: list) -> fx.Node:
+        if op == "sym_size":
+            return self.graph.call_method("size", (self._value(args[0]), args[1]))
+        if op in ("view", "reshape", "_unsafe_view", "unflatten", "flatten"):
+            return self._reshape(node, op, args)
+        if op in ("split", "chunk", "split_with_sizes"):
+            dim = args[2] if len(args) > 2 else 0
+            sizes = [value.shape[dim] for value in node.meta["val"]]
+            return self.graph.call_function(torch.split, (self._value(args[0]), sizes, dim))
+        if op == "expand":
+            sizes = [self._value(s) if isinstance(s, fx.Node) else -1 if _kept_by_expand(node, args, i) else s
+                     for i, s in enumerate(args[1])]
+            return self.graph.call_method("expand", (self._value(args[0]), *sizes))
+        if op == "contiguous":
+            return self.graph.call_method("contiguous", (self._value(args[0]),))
+        target = node.target
+        in_place_on_view = _mutates(node) and _has_views(args[0])
+        if _is_plain(node, op, args) and not in_place_on_view:
+            target = resolve(FUNCTIONS[op])
+        return self.graph.call_function(target, fx.node.map_arg(node.args, self._value), fx.node.map_arg(node.kwargs, self._value))
+
+    def _reshape(self, node: fx.Node, op: str, args: list) -> fx.Node:
+        """Static sizes as integers, the one that depends on the batch as -1, so that the batch stays free."""
+        shape = node.meta["val"].shape
+        free = [i for i, size in enumerate(shape) if not isinstance(size, int)]
+        sizes = [-1 if i in free else size for i, size in enumerate(shape)]
+        if len(free) > 1:
+            given = args[1] if op not in ("flatten", "unflatten") else None
+            if given is None:
+                return self.graph.call_function(node.target, fx.node.map_arg(node.args, self._value))
+            sizes = [self._value(given[i]) if i in free and isinstance(given[i], fx.Node) else s for i, s in enumerate(sizes)]
+        return self.graph.call_function(torch.reshape, (self._value(args[0]), sizes))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Small facts about nodes
+
+
+def aten_call(node: fx.Node) -> tuple[str, list]:
+    """An exported node's operator name and its arguments in schema order, defaults filled in."""
+    target = node.target
+    if not isinstance(target, torch._ops.OpOverload):
+        return getattr(target, "__name__", str(target)), list(node.args)
+    schema = target._schema
+    args = [node.args[i] if i < len(node.args) else node.kwargs.get(arg.name, arg.default_value)
+            for i, arg in enumerate(schema.arguments)]
+    namespace, name = schema.name.split("::")
+    if namespace not in ("aten", "s2h"):
+        return schema.name, args
+    if name.endswith("_") and not name.startswith("_"):
+        name = name[:-1]
+    return name, args
+
+
+def _is_identity(op: str, args: list, node: fx.Node) -> bool:
+    if op in ("dropout", "feature_dropout"):
+        return not args[1]
+    if op == "slice":
+        full = node.meta["val"].shape == args[0].meta["val"].shape
+        return full and args[4] == 1
+    if op == "pad":
+        return not any(args[1])
+    return op in ("alias", "detach", "lift_fresh_copy", "detach_")
+
+
+def _is_plain(node: fx.Node, op: str, args: list) -> bool:
+    """Whether the ATen call means the same as the function that `FUNCTIONS` names."""
+    scaled = op in ("add", "sub") and len(args) > 2 and args[2] != 1
+    return isinstance(node.target, torch._ops.OpOverload) and op in FUNCTIONS and not scaled and "rounding_mode" not in node.kwargs
+
+
+def _mutates(node: fx.Node) -> bool:
+    return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
+
+
+def _has_views(node: fx.Node) -> bool:
+    """Whether a tensor shares its memory with another one of the graph."""
+    def is_view(n: fx.Node) -> bool:
+        if n.target is operator.getitem:
+            return is_view(n.args[0])
+        return (isinstance(n.target, torch._ops.OpOverload) and not _mutates(n)
+                and any(arg.alias_info is not None for arg in n.target._schema.arguments))
+
+    return is_view(node) or any(is_view(user) for user in node.users)
+
+
+def _drop_assertions(graph: fx.Graph) -> None:
+    for node in reversed(graph.nodes):
+        if node.op == "call_function" and not node.users and aten_call(node)[0].startswith(_ASSERTIONS):
+            graph.erase_node(node)
+
+
+def _kept_by_expand(node: fx.Node, args: list, i: int) -> bool:
+    before, after = args[0].meta["val"].shape, node.meta["val"].shape
+    j = i - (len(after) - len(before))
+    return j >= 0 and before[j] == after[i] and isinstance(after[i], int)
+
+
+def _dropout(op: str, args: list) -> nn.Module:
+    if op == "drop_path":
+        from torchvision.ops import StochasticDepth
+
+        return StochasticDepth(args[1], args[2])
+    return (nn.Dropout if op == "dropout" else nn.Dropout2d)(args[1])
+
+
+def _shape(node: fx.Node) -> Any:
+    """Shape of a node's output with `BATCH` for the free batch; a list of shapes for several outputs; None for no tensor."""
+    value = node.meta.get("val")
+    if isinstance(value, (list, tuple)):
+        return [_sizes(v) for v in value]
+    return _sizes(value)
+
+
+def _sizes(value: Any) -> tuple[int, ...] | None:
+    if not isinstance(value, torch.Tensor):
+        return None
+    return tuple(s if isinstance(s, int) else int(s.node.expr.subs({v: BATCH for v in s.node.expr.free_symbols}))
+                 for s in value.shape)
+
+
+def _where(node: fx.Node) -> str:
+    stack = node.meta.get("nn_module_stack")
+    return f"in {next(reversed(stack.values()))[0] or 'the model'}" if stack else "no layer named"
+
+
+def _container(root: nn.Module, path: str) -> nn.Module:
+    """The submodule at `path`, made of empty modules where it is missing."""
+    for name in filter(None, path.split(".")):
+        if name not in root._modules:
+            root.add_module(name, nn.Module())
+        root = root._modules[name]
+    return root
+
+
+def _tuple(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
+
+
+def resolve(name: str) -> Callable:
+    """The function behind a name of `FUNCTIONS`."""
+    module, _, attribute = name.rpartition(".")
+    return getattr({"torch": torch, "torch.nn.functional": nn.functional, "operator": operator}[module], attribute)

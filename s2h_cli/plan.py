@@ -1,0 +1,344 @@
+"""What can be cut (`Space`), and what is kept of it (`Plan`): pure data, read off the labels.
+
+A *group* is a set of atoms that occur in the same dimensions of the same parameters equally often: the channels of a residual
+stream, of an inner convolution, the heads of an attention layer. Any of its atoms may go; only how many stay matters for the
+cost. All atoms of the network are numbered so that each group is one run of numbers.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+from torch import fx
+
+from .cost import FORMULAS, CostModel, Count
+from .errors import UserError
+from .graph import BATCH
+from .labels import Dim, Solved
+from .rules import Labelled, Tensor, propagate
+
+#: A group is offered at least this many widths, if it has as many atoms; its step is halved until it is.
+MIN_CANDIDATES = 8
+
+
+@dataclass(frozen=True)
+class Group:
+    """Atoms `start` to `stop` of the network. `channels` is how many channels of its layers one atom stands for; widths are
+    multiples of `step` atoms, or all of them. `layers` are those whose output channels these are."""
+
+    name: str
+    start: int
+    stop: int
+    step: int
+    channels: int
+    layers: tuple[str, ...]
+
+    @property
+    def size(self) -> int:
+        return self.stop - self.start
+
+    @property
+    def candidates(self) -> list[int]:
+        """The widths to choose from, in atoms, ascending; the last is the full one."""
+        return [*range(self.step, self.size, self.step), self.size]
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One counted operator. `inputs` and `outputs` are the labels of its channel axes as parts (see `Space.parts`) or sizes."""
+
+    name: str
+    kind: str
+    inputs: np.ndarray | int
+    outputs: np.ndarray | int
+
+
+@dataclass(frozen=True)
+class Frozen:
+    """Output channels that cannot be cut, and why."""
+
+    layers: tuple[str, ...]
+    reason: str
+    channels: int
+
+
+class Space:
+    """Everything that can be cut in one network.
+
+    Attributes:
+        groups: the groups, in the order of the network.
+        size: number of atoms in all.
+        params: for each parameter and buffer, for each dimension, its parts: an integer array (n, k) of the atoms that index i
+            stands or falls with, padded with `size`; or None where nothing can be cut.
+        tensors: the same for the outputs of each node.
+        reads: (parameter, dim) that contract a labelled dimension: where gates go.
+        writes: (parameter, dim) that make one: where importance is read.
+        layers, macs, parameters: the counted operators, and the cost models by layer and by parameter.
+        frozen: what cannot be cut, and why.
+        unknown: operators without a rule, with the nodes they occur at.
+    """
+
+    def __init__(self, network: fx.GraphModule, exclude: tuple[str, ...] = (), divisor: int = 8):
+        labelled = propagate(network, exclude)
+        self._solved = labelled.labels.solve()
+        self._calls = list(_counted(network, labelled))
+        self._group(labelled, divisor)
+        while self._irregular(labelled):
+            self._group(labelled, divisor)
+        if not self.groups:
+            raise UserError("no channel of this model can be pruned: "
+                            + "; ".join(f"{f.channels} channels: {f.reason}" for f in self._frozen(labelled)))
+        self.params = {name: [self._parts(dim) for dim in t.dims] for name, t in labelled.params.items()}
+        self.tensors = {name: [[self._parts(dim) for dim in t.dims] for t in ts] for name, ts in labelled.tensors.items()}
+        self.reads = [(name, dim) for name, dim in labelled.reads if self.params[name][dim] is not None]
+        self.writes = [(name, dim) for name, dim in labelled.writes if self.params[name][dim] is not None]
+        self.frozen = self._frozen(labelled)
+        self.unknown = labelled.unknown
+        self._count(network, labelled)
+
+    # -- widths ---------------------------------------------------------------------------------------------------
+
+    @property
+    def full(self) -> np.ndarray:
+        """Widths (groups,) with nothing cut."""
+        return np.array([g.size for g in self.groups])
+
+    @property
+    def least(self) -> np.ndarray:
+        """The smallest widths (groups,)."""
+        return np.array([g.candidates[0] for g in self.groups])
+
+    @cached_property
+    def full_macs(self) -> int:
+        return self.macs.total(self.full)
+
+    @property
+    def min_ratio(self) -> float:
+        """The smallest share of MACs that can be reached."""
+        return self.macs.total(self.least) / self.full_macs
+
+    def ratio(self, widths: np.ndarray) -> float:
+        return self.macs.total(widths) / self.full_macs
+
+    # -- construction ---------------------------------------------------------------------------------------------
+
+    def _group(self, labelled: Labelled, divisor: int) -> None:
+        solved = self._solved
+        live = np.zeros(labelled.labels.count, bool)
+        channels = np.full(labelled.labels.count, np.iinfo(int).max)
+        signature = np.zeros(labelled.labels.count, np.uint64)
+        for name, dim in labelled.writes:
+            atoms = _live_atoms(solved, labelled.params[name].dims[dim])
+            live[atoms] = True
+            seen, times = np.unique(atoms, return_counts=True)
+            channels[seen] = np.minimum(channels[seen], times)
+        occurrences = [(f"{name}:{d}", dim) for name, t in labelled.params.items() for d, dim in enumerate(t.dims)]
+        occurrences += [(f"{layer.name}/{i}.{j}.{k}", dim) for i, (layer, products) in enumerate(self._calls)
+                        for j, (_, axes) in enumerate(products) for k, (_, dim) in enumerate(axes)]
+        for key, dim in occurrences:
+            with np.errstate(over="ignore"):
+                np.add.at(signature, _live_atoms(solved, dim), _hash(key))
+        atoms = np.flatnonzero(live)
+        _, first, member = np.unique(signature[atoms], return_index=True, return_inverse=True)
+        order = np.argsort(first)  # groups in the order of the network
+        number = np.full(labelled.labels.count + 1, -1)
+        self.groups: list[Group] = []
+        start = 0
+        names: dict[str, int] = {}
+        for signature_index in order.tolist():
+            mine = atoms[member == signature_index]
+            number[mine] = np.arange(start, start + len(mine))
+            layers = tuple(dict.fromkeys(
+                _layer_name(name) for name, dim in labelled.writes
+                if np.isin(_live_atoms(solved, labelled.params[name].dims[dim]), mine).any()))
+            step = max(1, divisor // int(channels[mine].min()))
+            while step > 1 and len(mine) < MIN_CANDIDATES * step:
+                step = max(1, step // 2)
+            names[layers[0]] = names.get(layers[0], 0) + 1
+            name = layers[0] if names[layers[0]] == 1 else f"{layers[0]}#{names[layers[0]]}"
+            self.groups.append(Group(name, start, start + len(mine), step, int(channels[mine].min()), layers))
+            start += len(mine)
+        self.size = start
+        number[number < 0] = start
+        self._number = number
+
+    def _parts(self, dim: Dim) -> np.ndarray | None:
+        if dim is None:
+            return None
+        parts = self._number[self._solved.atoms_of(dim)]
+        return parts if (parts < self.size).any() else None
+
+    def _irregular(self, labelled: Labelled) -> bool:
+        """Freezes groups whose atoms combine in a pattern that widths alone do not describe; whether there were any."""
+        found = False
+        for layer, products in self._calls:
+            for _, axes in products:
+                for _, dim in axes:
+                    parts = self._parts(dim)
+                    if parts is None or (parts.shape[1] > 1 and not self._regular(parts)):
+                        if parts is not None:
+                            labelled.labels.freeze(dim, f"cut in an irregular pattern in {layer.name}")
+                            found = True
+        if found:
+            self._solved = labelled.labels.solve()
+        return found
+
+    def _regular(self, parts: np.ndarray) -> bool:
+        rows = np.sort(parts, 1)
+        tuples, times = np.unique(rows, axis=0, return_counts=True)
+        owners = self._owner[tuples]
+        kinds, which = np.unique(owners, axis=0, return_inverse=True)
+        for i, kind in enumerate(kinds):
+            mine = which.reshape(-1) == i
+            sizes = [self.groups[g].size for g in kind if g < len(self.groups)]
+            if len(set(kind[kind < len(self.groups)].tolist())) != len(sizes) or mine.sum() != math.prod(sizes) \
+                    or len(set(times[mine].tolist())) > 1:
+                return False
+        return True
+
+    @property
+    def _owner(self) -> np.ndarray:
+        """Group of each atom, (size + 1,); the padding belongs to no group."""
+        return np.append(np.repeat(np.arange(len(self.groups)), self.full), len(self.groups))
+
+    def _count(self, network: fx.GraphModule, labelled: Labelled) -> None:
+        cache: dict[int, Count] = {}
+
+        def product(constant: int, axes: list) -> tuple[float, list[Count]]:
+            fixed, counts = constant, []
+            for size, dim in axes:
+                parts = self._parts(dim)
+                if parts is None:
+                    fixed *= size
+                else:
+                    if id(dim) not in cache:
+                        cache[id(dim)] = self._polynomial(parts)
+                    counts.append(cache[id(dim)])
+            return fixed, counts
+
+        batch = network.meta["batch"]
+        self.layers = [layer for layer, _ in self._calls]
+        rows = []
+        for _, products in self._calls:
+            row = [product(*p) for p in products]
+            rows.append([(constant / batch, counts) for constant, counts in row])
+        self.macs = CostModel.build(len(self.groups), rows)
+        names = dict(network.named_parameters()).keys()
+        owned = {name: t for name, t in labelled.params.items() if name in names}
+        self.parameters = CostModel.build(len(self.groups), [
+            [product(1, list(zip(t.shape, t.dims)))] for t in owned.values()])
+        self.parameter_names = list(owned)
+        self.layers = [Layer(x.name, x.kind, self._channels(x.inputs), self._channels(x.outputs)) for x in self.layers]
+
+    def _channels(self, axis: tuple[int, Dim]) -> np.ndarray | int:
+        parts = self._parts(axis[1])
+        return axis[0] if parts is None else parts
+
+    def _polynomial(self, parts: np.ndarray) -> Count:
+        owners = np.sort(self._owner[parts], 1)
+        kinds, times = np.unique(owners, axis=0, return_counts=True)
+        terms = []
+        for kind, n in zip(kinds, times):
+            groups = tuple(int(g) for g in kind if g < len(self.groups))
+            terms.append((n / math.prod(self.groups[g].size for g in groups), groups))
+        return Count(tuple(terms))
+
+    def _frozen(self, labelled: Labelled) -> list[Frozen]:
+        by_reason: dict[str, dict[str, int]] = {}
+        for name, dim in labelled.writes:
+            labels = labelled.params[name].dims[dim]
+            if labels is None:
+                continue
+            atoms = self._solved.atoms_of(labels)
+            stuck = (self._number[atoms] == self.size).all(1)
+            for atom in atoms[stuck, 0].tolist():
+                reason = self._solved.reasons.get(atom, "nothing reads these channels through a weight")
+                layers = by_reason.setdefault(reason, {})
+                layers[_layer_name(name)] = layers.get(_layer_name(name), 0) + 1
+        return [Frozen(tuple(layers), reason, sum(layers.values())) for reason, layers in by_reason.items()]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Which atoms stay: a boolean array (space.size,). Everything else about the small network follows from it."""
+
+    space: Space
+    keep: np.ndarray
+
+    @property
+    def widths(self) -> np.ndarray:
+        """Kept atoms of each group, (groups,)."""
+        return np.array([int(self.keep[g.start:g.stop].sum()) for g in self.space.groups])
+
+    @property
+    def ratio(self) -> float:
+        """Share of the whole network's MACs that is left."""
+        return self.space.ratio(self.widths)
+
+    def count(self, parts: np.ndarray | None, full: int) -> int:
+        """Kept indices of an axis of `full` indices with these parts."""
+        return full if parts is None else int(self.kept(parts).sum())
+
+    def kept(self, parts: np.ndarray) -> np.ndarray:
+        """Boolean (n,): an index stays if all its atoms do."""
+        return np.append(self.keep, True)[parts].all(1)
+
+    def by_group(self) -> dict[str, list[int]]:
+        """The kept positions inside each group: what goes into `plan.json`."""
+        return {g.name: np.flatnonzero(self.keep[g.start:g.stop]).tolist() for g in self.space.groups}
+
+    @classmethod
+    def from_groups(cls, space: Space, kept: dict[str, list[int]]) -> "Plan":
+        """The inverse of `by_group`."""
+        keep = np.zeros(space.size, bool)
+        for group in space.groups:
+            keep[group.start + np.array(kept[group.name], int)] = True
+        return cls(space, keep)
+
+    @classmethod
+    def from_widths(cls, space: Space, widths: np.ndarray, importance: np.ndarray) -> "Plan":
+        """The `widths` most important atoms of each group; `importance` is (space.size,)."""
+        keep = np.zeros(space.size, bool)
+        for group, n in zip(space.groups, widths):
+            order = np.argsort(-importance[group.start:group.stop], kind="stable")
+            keep[group.start + order[:n]] = True
+        return cls(space, keep)
+
+
+def _counted(network: fx.GraphModule, labelled: Labelled):
+    """(layer, products) of every operator that `FORMULAS` counts."""
+    def value(a):
+        if hasattr(a, "name"):
+            return labelled.tensors[a.name][0] if a.name in labelled.tensors else labelled.params[a.name]
+        return a
+
+    for node in network.graph.nodes:
+        formula = FORMULAS.get(node.meta.get("op", ""))
+        if formula is None or not isinstance(node.meta["shape"], tuple):
+            continue
+        args = tuple(value(a) for a in node.meta["args"])
+        out = labelled.tensors[node.name][0]
+        axis = 1 if node.meta["op"].startswith(("conv", "batch_norm", "group_norm", "adaptive", "upsample")) else -1
+        channel = [(t.shape[axis], t.dims[axis]) for t in (args[0], out)]
+        yield Layer(node.meta["layer"], node.meta["op"], *channel), formula(args, out)
+
+
+def _live_atoms(solved: Solved, dim: Dim) -> np.ndarray:
+    """All atoms of an axis that are not frozen, with repetition."""
+    if dim is None:
+        return np.zeros(0, int)
+    atoms = solved.atoms_of(dim).ravel()
+    atoms = atoms[atoms >= 0]
+    return atoms[~solved.frozen[atoms]]
+
+
+def _hash(key: str) -> np.uint64:
+    return np.uint64(int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "little"))
+
+
+def _layer_name(parameter: str) -> str:
+    return parameter.removesuffix(".weight")

@@ -1,0 +1,285 @@
+import random
+import sys
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from timm.data import ImageDataset
+
+from s2h_cli import data
+from s2h_cli.data import bad_images, make_loader, open_splits
+from s2h_cli.errors import UserError
+
+PREPROCESSING = dict(mean=(0.5,) * 3, std=(0.5,) * 3, interpolation="bilinear", crop_pct=0.875)
+
+
+def paint(folder, **counts):
+    """Writes images of one grey value each, which names the image, into class folders."""
+    value = 0
+    for name, count in counts.items():
+        (folder / name).mkdir(parents=True)
+        for number in range(count):
+            Image.new("RGB", (12, 10), (value,) * 3).save(folder / name / f"{number}.png")
+            value += 3
+    return folder
+
+
+def loader(dataset, *, size=8, channels=3, train=False, batch_size=4, workers=0, flip=True, seed=0):
+    options = PREPROCESSING | {"mean": (0.5,) * channels, "std": (0.5,) * channels}
+    return make_loader(
+        dataset, input_size=(channels, size, size), train=train, batch_size=batch_size, workers=workers, flip=flip,
+        seed=seed, **options,
+    )  # fmt: skip
+
+
+def refusal(action, *args, **kwargs) -> str:
+    with pytest.raises(UserError) as caught:
+        action(*args, **kwargs)
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+def paths(dataset):
+    return [path for path, _ in dataset.source]
+
+
+def test_train_and_val_folders(tmp_path):
+    paint(tmp_path / "train", b=3, a=2)
+    paint(tmp_path / "validation", a=1, b=2)
+    (tmp_path / "train" / "a" / "notes.txt").write_text("no image")
+    splits = open_splits(str(tmp_path))
+    assert (len(splits.train), len(splits.val), splits.class_names, splits.flip) == (5, 3, ["a", "b"], True)
+    assert len(splits.notes) == 1 and "notes.txt" in splits.notes[0]
+    paint(tmp_path / "test", a=1, b=1)
+    assert "not test" in open_splits(str(tmp_path)).notes[-1]
+
+
+def test_single_folder_is_split_by_class_and_seed(tmp_path):
+    paint(tmp_path, cat=20, dog=10, emu=2)
+    splits = open_splits(str(tmp_path), val_fraction=0.2)
+    assert Counter(target for _, target in splits.val.source) == {0: 4, 1: 2, 2: 1}
+    assert set(paths(splits.train)).isdisjoint(paths(splits.val)) and len(splits.train) + len(splits.val) == 32
+    assert "25 images to train on, 7 to validate on" in splits.notes[0]
+    assert paths(open_splits(str(tmp_path), val_fraction=0.2).val) == paths(splits.val)
+    assert paths(open_splits(str(tmp_path), val_fraction=0.2, seed=1).val) != paths(splits.val)
+    images = sorted(p for p in tmp_path.rglob("*.png"))
+    assert sorted(map(str, images)) == sorted(paths(splits.train) + paths(splits.val))
+
+
+def test_folder_errors(tmp_path):
+    missing = str(tmp_path / "missing")
+    assert missing in refusal(open_splits, missing)
+    assert "0 and 1" in refusal(open_splits, "digits", val_fraction=1.0)
+    assert "no images" in refusal(open_splits, str(tmp_path))
+    (tmp_path / "flat").mkdir()
+    Image.new("RGB", (4, 4)).save(tmp_path / "flat" / "x.png")
+    assert "folder of its own" in refusal(open_splits, str(tmp_path / "flat"))
+    one = paint(tmp_path / "one", only=3)
+    message = refusal(open_splits, str(one))
+    assert str(one) in message and "'only'" in message
+    (one / "void").mkdir()
+    assert "void" in refusal(open_splits, str(one))
+    assert "class single" in refusal(open_splits, str(paint(tmp_path / "few", a=3, single=1)))
+
+
+def test_split_folder_errors(tmp_path):
+    paint(tmp_path / "train", a=1, b=1, c=1)
+    assert "no val/" in refusal(open_splits, str(tmp_path))
+    paint(tmp_path / "val", a=1, b=1, d=1)
+    message = refusal(open_splits, str(tmp_path))
+    assert "first has c," in message and "second d;" in message and str(tmp_path / "val") in message
+    (tmp_path / "flat" / "train").mkdir(parents=True)
+    paint(tmp_path / "flat" / "val", a=1, b=1)
+    assert "no images" in refusal(open_splits, str(tmp_path / "flat"))
+
+
+def test_digits(monkeypatch):
+    splits = open_splits("digits")
+    assert (len(splits.train) + len(splits.val), splits.flip) == (1797, False)
+    assert splits.class_names == [str(digit) for digit in range(10)]
+    shares = Counter(target for _, target in splits.val.source)
+    assert all(33 <= shares[digit] <= 38 for digit in range(10))
+    for _ in range(2):  # an image can be read more than once
+        images, targets = next(iter(loader(splits.val, batch_size=16)))
+    assert images.shape == (16, 3, 8, 8) and images.min() == -1 and images.max() == 1
+    monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
+    assert "pip install 's2h[demo]'" in refusal(open_splits, "digits")
+
+
+@pytest.fixture
+def grey_values(tmp_path):
+    """A set whose images are told apart by their one value."""
+    return open_splits(str(paint(tmp_path / "grey", a=11, b=11))).train
+
+
+def epoch(batches, seed=0):
+    for seeder in (random.seed, np.random.seed, torch.manual_seed):
+        seeder(seed)
+    return list(batches)
+
+
+def values(batches):
+    return sorted(round(image[0, 0, 0].item() * 127.5 + 127.5) for images, _ in batches for image in images)
+
+
+def test_evaluation_gives_each_image_once_in_order(grey_values):
+    before = torch.get_rng_state()
+    batches = list(loader(grey_values, batch_size=8))
+    assert torch.equal(torch.get_rng_state(), before)
+    assert [len(targets) for _, targets in batches] == [8, 8, 4]
+    images, targets = batches[0]
+    assert images.dtype == torch.float32 and targets.dtype == torch.int64 and images.shape[1:] == (3, 8, 8)
+    assert torch.cat([targets for _, targets in batches]).tolist() == [target for _, target in grey_values.source]
+    assert len(set(values(batches))) == 20
+
+
+def test_training_leaves_out_the_incomplete_batch(grey_values):
+    assert [len(targets) for _, targets in loader(grey_values, train=True, batch_size=8)] == [8, 8]
+    assert [len(targets) for _, targets in loader(grey_values, train=True, batch_size=50)] == [20]
+
+
+@pytest.mark.parametrize("size", [8, 80])
+def test_epochs_repeat_whatever_was_drawn_before_and_whatever_the_workers(grey_values, size):
+    def same(left, right):
+        return all(torch.equal(a, b) for one, two in zip(left, right, strict=True) for a, b in zip(one, two))
+
+    batches = loader(grey_values, train=True, size=size)
+    epochs = [epoch(batches, seed) for seed in range(3)]
+    assert not same(epochs[0], epochs[1])
+    fresh = loader(grey_values, train=True, size=size, workers=2)  # as after a resume, and with other workers
+    assert same(epoch(fresh, 2), epochs[2]) and same(epoch(fresh, 1), epochs[1])
+    assert not same(epoch(loader(grey_values, train=True, size=size, seed=1), 1), epochs[1])
+
+    torch.manual_seed(2)
+    iterator, disturbed = iter(batches), []
+    for batch in iterator:
+        disturbed.append(batch)
+        torch.rand(7), random.random()  # as a training step would
+    assert same(disturbed, epochs[2])
+
+
+def test_loaders_of_one_set_do_not_disturb_each_other(grey_values):
+    evaluation = loader(grey_values)
+    loader(grey_values, train=True)
+    assert len(set(values(evaluation))) == 20
+
+
+def test_flip(tmp_path):
+    picture = np.zeros((8, 8, 3), np.uint8)
+    picture[:, 4:] = 255
+    for name in ("a/0.png", "a/1.png", "b/0.png", "b/1.png"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        Image.fromarray(picture).save(tmp_path / name)
+    dataset = open_splits(str(tmp_path)).train
+
+    def mirrored(flip):
+        batches = loader(dataset, train=True, flip=flip)
+        images = torch.cat([images for _ in range(20) for images, _ in batches])
+        return (images[..., 0] > images[..., -1]).any().item()
+
+    assert mirrored(True) and not mirrored(False)
+
+
+def test_images_become_what_the_model_takes(tmp_path):
+    ramp = np.linspace(0, 65535, 64).reshape(8, 8)
+    for name in ("train/a", "train/b", "val/a", "val/b"):
+        (tmp_path / name).mkdir(parents=True)
+        Image.fromarray(ramp.astype(np.uint16)).save(tmp_path / name / "deep.png")
+        rgb = Image.fromarray((ramp / 257).astype(np.uint8)).convert("RGB")
+        for mode in ("L", "P", "CMYK", "RGBA", "1", "LA"):
+            rgb.convert(mode).save(tmp_path / name / f"{mode}.{'jpg' if mode == 'CMYK' else 'png'}")
+    dataset = open_splits(str(tmp_path)).val
+    assert len(dataset) == 14
+    for channels in (1, 3):
+        images = torch.cat([images for images, _ in loader(dataset, channels=channels)])
+        assert images.shape == (14, channels, 8, 8)
+        depth = images[[path.endswith("deep.png") for path in paths(dataset)]]
+        assert abs(depth.mean()) < 0.02  # a 16-bit ramp is scaled, not clipped
+    assert "4 channels" in refusal(loader, dataset, channels=4)
+
+
+@pytest.fixture
+def damaged(tmp_path):
+    paint(tmp_path / "train", a=6, b=6)
+    paint(tmp_path / "val", a=2, b=2)
+    noise = np.random.default_rng(0).integers(0, 255, (64, 64, 3), np.uint8)
+    Image.fromarray(noise).save(tmp_path / "whole.png")
+    content = (tmp_path / "whole.png").read_bytes()
+    truncated, text = tmp_path / "train" / "a" / "3.png", tmp_path / "train" / "b" / "4.png"
+    truncated.write_bytes(content[: len(content) // 2])
+    text.write_text("<html>not found</html>")
+    return tmp_path, {str(truncated), str(text)}
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("train", [False, True])
+def test_unreadable_image_is_named(damaged, workers, train):
+    folder, bad = damaged
+    message = refusal(list, loader(open_splits(str(folder)).train, train=train, workers=workers))
+    assert any(path in message for path in bad) and "--skip-bad-images" in message
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_unreadable_images_are_left_out_and_told(damaged, workers):
+    folder, bad = damaged
+    splits = open_splits(str(folder), skip_bad_images=True)
+    for _ in range(2):
+        batches = list(loader(splits.train, workers=workers))
+        assert len(values(batches)) == len(set(values(batches))) == 10  # none stands in for a bad one
+        assert set(bad_images(splits.train)) == bad and len(bad_images(splits.train)) == 2
+    assert len(list(loader(splits.train, batch_size=1, workers=workers))) == 10
+    assert bad_images(splits.val) == []
+
+
+def test_set_without_any_readable_image(tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        for number in range(3):
+            (tmp_path / name / f"{number}.jpg").write_text("nothing")
+    splits = open_splits(str(tmp_path), skip_bad_images=True)
+    assert str(tmp_path) in refusal(list, loader(splits.train))
+
+
+def test_timm_data_sets(tmp_path, monkeypatch):
+    paint(tmp_path / "train", a=3, b=3)
+    paint(tmp_path / "test", a=1, b=1)
+    (tmp_path / "train" / "a" / "1.png").write_text("nothing")
+
+    def create(name, *, root, split, download):
+        if split == "validation":
+            raise ValueError('Unknown split "validation"')
+        return ImageDataset(str(tmp_path / split))
+
+    monkeypatch.setattr(data, "create_dataset", create)
+    splits = open_splits("hfds/me/pictures")
+    assert (len(splits.train), len(splits.val), splits.class_names, splits.flip) == (6, 2, ["a", "b"], True)
+    assert [targets.tolist() for _, targets in loader(splits.val)] == [[0, 1]]
+    assert "hfds/me/pictures train image 1" in refusal(list, loader(splits.train))
+    splits = open_splits("hfds/me/pictures", skip_bad_images=True)
+    assert len(values(loader(splits.train, workers=1))) == 5
+    assert bad_images(splits.train) == ["hfds/me/pictures train image 1"]
+    assert not open_splits("hfds/me/mnist").flip
+
+
+def test_torchvision_data_set(tmp_path, monkeypatch):
+    class Pictures(list):
+        classes = ["a", "b"]
+
+    picture = Image.new("L", (28, 28), 255)
+    monkeypatch.setattr(data, "create_dataset", lambda *args, **options: Pictures([(picture, 0), (picture, 1)]))
+    splits = open_splits("torch/mnist")
+    assert (splits.class_names, splits.flip) == (["a", "b"], False)
+    assert next(iter(loader(splits.train)))[0].shape == (2, 3, 8, 8)
+    monkeypatch.setattr(Pictures, "classes", None)
+    assert "torch/mnist" in refusal(open_splits, "torch/mnist")
+
+
+def test_timm_data_set_errors(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
+    assert "torch/cifar1000" in refusal(open_splits, "torch/cifar1000")
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    assert "hfds/me/none" in refusal(open_splits, "hfds/me/none")
+    assert "stream" in refusal(open_splits, "wds/me/none")
