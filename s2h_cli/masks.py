@@ -1,0 +1,151 @@
+"""Masks: a learnable width for every group, the gates it gives, and the way back onto an exact budget.
+
+For a group of C atoms with candidate widths n_1 < ... < n_K = C and logits u (S2HPruner, NeurIPS 2024, "relaxed mask"):
+
+    p = softmax(u / T)              probability of each width
+    w_c = sum of p_k over n_k > c   probability that rank c is kept: a ladder that falls with the rank c = 0, 1, ...
+    E = sum of p_k n_k              expected width, also the sum of w
+    N = the least candidate >= E    width of the hard network, straight-through to E
+
+Ranks order a group's atoms by importance, the L1 norm of the weights that write them.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import torch
+from torch import nn
+
+from .errors import UserError
+from .plan import Plan, Space
+
+
+class Masks(nn.Module):
+    """Width logits of all groups, as one padded matrix `u` (groups, K)."""
+
+    def __init__(self, space: Space, temperature: float = 1.0):
+        super().__init__()
+        self.temperature = temperature
+        k = max(len(g.candidates) for g in space.groups)
+        candidates = torch.zeros(len(space.groups), k, dtype=torch.float64)
+        valid = torch.zeros(len(space.groups), k, dtype=torch.bool)
+        u = torch.zeros(len(space.groups), k)
+        for i, group in enumerate(space.groups):
+            n = len(group.candidates)
+            candidates[i, :n] = torch.tensor(group.candidates)
+            valid[i, :n] = True
+            if n > 1:  # near full width, so that E is half a step below it; not one-hot, where gradients vanish
+                q = (group.size - group.step) / group.size
+                u[i, n - 1] = temperature * math.log((n - 1) * q / (1 - q))
+        self.u = nn.Parameter(u)
+        self.register_buffer("candidates", candidates, persistent=False)
+        self.register_buffer("valid", valid, persistent=False)
+        # For each atom its group, and for each (group, rank) the first candidate wider than the rank.
+        sizes = torch.tensor([g.size for g in space.groups])
+        self.register_buffer("group", torch.repeat_interleave(torch.arange(len(sizes)), sizes), persistent=False)
+        self.register_buffer("start", torch.tensor([g.start for g in space.groups])[self.group], persistent=False)
+        bins = [torch.searchsorted(torch.tensor(g.candidates), torch.arange(g.size), right=True) for g in space.groups]
+        self.register_buffer("bin_of_rank", torch.cat(bins), persistent=False)
+
+    @property
+    def probabilities(self) -> torch.Tensor:
+        """p, (groups, K); zero where a group has no such candidate."""
+        return (self.u / self.temperature).masked_fill(~self.valid, -math.inf).softmax(1)
+
+    def ladder(self) -> torch.Tensor:
+        """Probability that the width is at least candidate k, (groups, K): falls with k; 1 for the first."""
+        p = self.probabilities
+        return p.flip(1).cumsum(1).flip(1).clamp(max=1.0)
+
+    def keep_probability(self, rank: torch.Tensor) -> torch.Tensor:
+        """w of each atom, (atoms,), given its rank in its group, (atoms,) int64."""
+        return self.ladder()[self.group, self.bin_of_rank[self.start + rank]]
+
+    def expected_widths(self) -> torch.Tensor:
+        """E, (groups,) float64."""
+        return (self.probabilities.double() * self.candidates).sum(1)
+
+    def hard_widths(self) -> torch.Tensor:
+        """N, (groups,) float64: a candidate in value, E in gradient (straight-through)."""
+        expected = self.expected_widths()
+        enough = self.valid & (self.candidates >= expected.detach()[:, None] - 1e-4)
+        widths = self.candidates.gather(1, enough.int().argmax(1, keepdim=True)).squeeze(1)
+        return expected + (widths - expected).detach()
+
+
+class Importance:
+    """L1 norm of the weights that write each atom, averaged over the group's layers."""
+
+    def __init__(self, space: Space, parameters: dict[str, torch.Tensor]):
+        self.space = space
+        self.parameters = parameters
+        self.device = next(iter(parameters.values())).device
+        self.parts = {(name, dim): torch.from_numpy(space.params[name][dim]).to(self.device) for name, dim in space.writes}
+        times = torch.zeros(space.size + 1, device=self.device)
+        for parts in self.parts.values():
+            times.index_add_(0, parts.reshape(-1), torch.ones(parts.numel(), device=self.device))
+        self.times = times.clamp_(min=1)
+
+    @torch.no_grad()
+    def __call__(self) -> torch.Tensor:
+        """Importance of each atom, (atoms,) float32."""
+        total = torch.zeros(self.space.size + 1, device=self.device)
+        for (name, dim), parts in self.parts.items():
+            weight = self.parameters[name].detach().float().abs()
+            norm = weight.transpose(0, dim).flatten(1).sum(1)
+            total.index_add_(0, parts.reshape(-1), norm.repeat_interleave(parts.shape[1]))
+        return (total / self.times)[:-1]
+
+    def ranks(self) -> torch.Tensor:
+        """Rank of each atom in its group, (atoms,) int64; 0 is the most important."""
+        importance = self()
+        ranks = torch.empty(self.space.size, dtype=torch.int64, device=self.device)
+        for group in self.space.groups:
+            order = importance[group.start:group.stop].argsort(descending=True, stable=True)
+            ranks[group.start + order] = torch.arange(group.size, device=self.device)
+        return ranks
+
+
+def gate(gates: torch.Tensor, parts: torch.Tensor) -> torch.Tensor:
+    """Gate of each index of an axis, (n,): the product over its atoms. `parts` is (n, k) int64, padded with len(gates)."""
+    return torch.cat([gates, gates.new_ones(1)])[parts].prod(1)
+
+
+def plan_of_ranks(space: Space, widths: np.ndarray, ranks: torch.Tensor) -> Plan:
+    """Keeps the first `widths` ranks of each group."""
+    return Plan(space, ranks.cpu().numpy() < np.repeat(widths, space.full))
+
+
+def fit_budget(space: Space, value: list[np.ndarray], target: float) -> np.ndarray:
+    """Widths that meet a budget exactly: ratio <= target, and no group can be raised by one step.
+
+    Starts at the smallest widths and takes the most valuable step that still fits, until none fits.
+
+    Args:
+        value: for each group, for each candidate width, what the step up to it is worth; falling along a group.
+        target: share of the whole network's MACs that may remain.
+
+    Returns:
+        Widths (groups,) in atoms.
+
+    Raises:
+        UserError: not even the smallest widths are within the budget.
+    """
+    if space.min_ratio > target:
+        raise UserError(f"--flops {target:g} cannot be reached: the smallest reachable share is {space.min_ratio:.4f}; "
+                        "ask for that or more, or lower --divisor")
+    widths = space.least.copy()
+    steps = sorted((-float(value[i][k]), k, i) for i, g in enumerate(space.groups) for k in range(1, len(g.candidates)))
+    full = set()
+    for _, k, i in steps:
+        if i in full:
+            continue
+        trial = widths.copy()
+        trial[i] = space.groups[i].candidates[k]
+        if space.ratio(trial) <= target:
+            widths = trial
+        else:
+            full.add(i)
+    return widths

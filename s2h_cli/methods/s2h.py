@@ -1,0 +1,194 @@
+"""S2HPruner (NeurIPS 2024): a soft network and its hard network train together, and the soft one teaches the hard one.
+
+With s, h the logits of soft and hard network, y the target, sg = stop gradient, m = hard mask, w = keep probabilities:
+
+    L          task loss of (s, y)                              gradient to the weights through soft, to u through w
+    G, step 1  alpha KL(sg(s) || h)                             to the weights through hard, to u through m_hat
+    G, step 2  alpha KL(s || sg(h))                             to u alone, through w: never to the weights
+    R          beta (MACs(N) / MACs(full) - target)^2           to u through E
+
+m_hat = sg(m - w) + w has value 1 on every kept channel; dropped channels are not computed, so their share of its gradient is
+not either. The paper trains masks to the end; here the target is ramped over the first part of the schedule, the widths are
+frozen exactly on budget at half of it, and the rest trains both networks with the masks as they are (docs/how-it-works.md
+says what was measured).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Callable
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import fx, nn
+from torch.func import functional_call
+
+from ..masks import Importance, Masks, fit_budget, gate, plan_of_ranks
+from ..plan import Plan, Space
+from ..rebuild import kept_indices, rebuild, resize, skeleton, slice_parameters
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Constants of the method."""
+
+    alpha: float = 1.0  #: weight of the distillation terms G
+    beta: float = 20.0  #: weight of the budget term R
+    temperature: float = 1.0  #: T of the width probabilities
+    mask_lr: float = 0.05  #: learning rate of the width logits (Adam)
+    ramp: float = 1 / 3  #: share of the schedule over which the target falls from 1 to the budget
+    freeze: float = 0.5  #: share of the schedule after which widths stand still, exactly on budget
+
+
+class S2H:
+    """One soft network over all weights, and the hard network that slices them."""
+
+    def __init__(self, network: fx.GraphModule, space: Space, target: float, settings: Settings = Settings()):
+        self.network = network
+        self.space = space
+        self.target = target
+        self.settings = settings
+        device = next(network.parameters()).device
+        self.masks = Masks(space, settings.temperature).to(device)
+        self.weights = dict(network.named_parameters())
+        self.importance = Importance(space, self.weights)
+        self.read_parts = {(name, dim): torch.from_numpy(space.params[name][dim]).to(device) for name, dim in space.reads}
+        self.hard = skeleton(network)
+        self.plan: Plan | None = None
+        self.mask_optimizer = torch.optim.Adam(self.masks.parameters(), lr=settings.mask_lr)
+        self.budget = 1.0  # the target of this step
+        self.frozen = False
+        self.gates = torch.ones(space.size, device=device)  # w after the freeze
+        self._follow(Plan(space, np.ones(space.size, bool)))
+
+    # -- the interface of methods ---------------------------------------------------------------------------------
+
+    def start_step(self, progress: float) -> None:
+        """Moves the hard network to the current masks, or freezes the widths when their time has come."""
+        if self.frozen:
+            return
+        self.budget = 1 - (1 - self.target) * min(1.0, progress / self.settings.ramp)
+        self.ranks = self.importance.ranks()
+        if progress >= self.settings.freeze:
+            self._freeze()
+        else:
+            widths = self.masks.hard_widths().detach().cpu().numpy().astype(int)
+            self._follow(plan_of_ranks(self.space, widths, self.ranks))
+
+    def backward(self, images: torch.Tensor, targets: torch.Tensor, criterion: Callable) -> dict[str, torch.Tensor]:
+        """Accumulates the gradients of one batch, and returns the terms of the loss.
+
+        Args:
+            images: (N, C, H, W).
+            targets: what `criterion` takes beside logits (N, classes).
+        """
+        terms = self.terms(images, targets, criterion)
+        loss = terms["task"] + terms["hard"]
+        if not self.frozen:
+            # The second step of G must not reach the weights: its gradient is taken for u alone, then added.
+            (mask_grad,) = torch.autograd.grad(terms["mask"], self.masks.u, retain_graph=True)
+            loss = loss + terms["budget"]
+        loss.backward()
+        if not self.frozen:
+            self.masks.u.grad += mask_grad
+        return {name: term.detach() for name, term in terms.items()}
+
+    def finish_step(self) -> None:
+        if not self.frozen:
+            self.mask_optimizer.step()
+            self.mask_optimizer.zero_grad()
+
+    def networks(self) -> dict[str, nn.Module]:
+        return {"soft": Forward(self.network, self.soft_parameters), "hard": Forward(self.hard, self.hard_parameters)}
+
+    def result(self) -> fx.GraphModule:
+        """The hard network with weights of its own: what is written to disk."""
+        small = rebuild(self.network, self.plan)
+        for name, buffer in self.hard.named_buffers():
+            small.get_buffer(name).copy_(buffer)
+        return small
+
+    def state_dict(self) -> dict:
+        """All that a later `load_state_dict` needs to go on bit for bit: tensors and plain data."""
+        return {"network": self.network.state_dict(), "masks": self.masks.state_dict(), "gates": self.gates,
+                "mask_optimizer": self.mask_optimizer.state_dict(), "frozen": self.frozen,
+                "keep": torch.from_numpy(self.plan.keep), "hard_buffers": dict(self.hard.named_buffers())}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.network.load_state_dict(state["network"])
+        self.masks.load_state_dict(state["masks"])
+        self.mask_optimizer.load_state_dict(state["mask_optimizer"])
+        self.frozen = state["frozen"]
+        self.gates.copy_(state["gates"])
+        self._follow(Plan(self.space, state["keep"].cpu().numpy()))
+        for name, buffer in state["hard_buffers"].items():
+            self.hard.get_buffer(name).copy_(buffer)
+
+    # -- the method -----------------------------------------------------------------------------------------------
+
+    def terms(self, images: torch.Tensor, targets: torch.Tensor, criterion: Callable) -> dict[str, torch.Tensor]:
+        """L ("task"), G step 1 ("hard"), and before the freeze G step 2 ("mask") and R ("budget")."""
+        gates = self.gates if self.frozen else self.masks.keep_probability(self.ranks)
+        soft = functional_call(self.network, self.soft_parameters(gates), (images,))
+        hard = functional_call(self.hard, self.hard_parameters(None if self.frozen else gates), (images,))
+        alpha = self.settings.alpha
+        terms = {"task": criterion(soft, targets), "hard": alpha * divergence(soft.detach(), hard)}
+        if not self.frozen:
+            terms["mask"] = alpha * divergence(soft, hard.detach())
+            macs = self.space.macs.differentiable(self.masks.hard_widths())
+            terms["budget"] = self.settings.beta * (macs / self.space.full_macs - self.budget) ** 2
+        return terms
+
+    def soft_parameters(self, gates: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
+        """All weights; those that read prunable channels are gated along their input dimension."""
+        if gates is None:
+            gates = self.gates if self.frozen else self.masks.keep_probability(self.ranks)
+        out = dict(self.weights)
+        for (name, dim), parts in self.read_parts.items():
+            shape = [-1 if d == dim else 1 for d in range(out[name].dim())]
+            out[name] = out[name] * gate(gates, parts).view(shape)
+        return out
+
+    def hard_parameters(self, gates: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
+        """The sliced weights. With `gates` (w), those that read are multiplied by m_hat: 1 in value, w in gradient."""
+        out = slice_parameters(self.weights, self.indices)
+        if gates is not None:
+            estimator = 1 + (gates - gates.detach())
+            for (name, dim), parts in self.read_parts.items():
+                kept = self.indices[name][dim]
+                shape = [-1 if d == dim else 1 for d in range(out[name].dim())]
+                out[name] = out[name] * gate(estimator, parts if kept is None else parts[kept]).view(shape)
+        return out
+
+    def _follow(self, plan: Plan) -> None:
+        """Makes the hard network that of `plan`."""
+        if self.plan is None or not np.array_equal(plan.keep, self.plan.keep):
+            self.plan = plan
+            self.indices = kept_indices(plan, self.gates.device)
+            resize(self.hard, self.network, plan, self.indices)
+
+    @torch.no_grad()
+    def _freeze(self) -> None:
+        ladder = self.masks.ladder().cpu().numpy()
+        widths = fit_budget(self.space, list(ladder), self.target)
+        self.gates.copy_(self.masks.keep_probability(self.ranks))
+        self._follow(plan_of_ranks(self.space, widths, self.ranks))
+        self.frozen = True
+
+
+class Forward(nn.Module):
+    """A network run on parameters that a function supplies: soft and hard network as ordinary modules, for evaluation."""
+
+    def __init__(self, network: fx.GraphModule, parameters: Callable[[], dict[str, torch.Tensor]]):
+        super().__init__()
+        self.network = network
+        self.parameters_now = parameters
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return functional_call(self.network, self.parameters_now(), (images,))
+
+
+def divergence(p: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
+    """KL(softmax(p) || softmax(q)) of logits (N, classes), the mean over the batch."""
+    return F.kl_div(q.log_softmax(1), p.log_softmax(1), reduction="batchmean", log_target=True)

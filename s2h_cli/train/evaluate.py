@@ -1,0 +1,38 @@
+"""Accuracy, and the batch-norm statistics that it stands on."""
+
+from __future__ import annotations
+
+from typing import Callable, Iterable
+
+import torch
+from fvcore.nn.precise_bn import get_bn_modules, update_bn_stats
+from torch import nn
+
+Batch = tuple[torch.Tensor, torch.Tensor]
+
+
+def restate(network: nn.Module, batches: list[Batch]) -> None:
+    """Re-estimates the batch-norm statistics of a network (fvcore's precise BN) from batches of images and targets."""
+    modules = list(network.modules())
+    modes = [module.training for module in modules]
+    network.eval()
+    for module in get_bn_modules(network.train()):
+        module.train()
+    for module in modules:  # dropout and stochastic depth stay off: statistics are those of evaluation
+        if not isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.training = False
+    with torch.no_grad():
+        update_bn_stats(network, [images for images, _ in batches], num_iters=len(batches))
+    for module, mode in zip(modules, modes):
+        module.training = mode
+
+
+@torch.no_grad()
+def top1(network: Callable[[torch.Tensor], torch.Tensor], loader: Iterable[Batch], device: torch.device | str) -> float:
+    """Share of images in percent whose largest logit is their class. `network` must be in eval mode."""
+    right = total = 0
+    for images, targets in loader:
+        logits = network(images.to(device))
+        right += (logits.argmax(1).cpu() == targets).sum().item()
+        total += len(targets)
+    return 100.0 * right / total
