@@ -1,0 +1,10 @@
+"""s2h prunes image classifiers: soft-to-hard, on one labelled graph."""
+
+__version__ = "0.1.0"
+
+
+def load(path):
+    """Loads the small network of a run folder, in eval mode; see `s2h_cli.artifacts.load`."""
+    from .artifacts import load as load_network
+
+    return load_network(path)

@@ -118,6 +118,14 @@ def plan_of_ranks(space: Space, widths: np.ndarray, ranks: torch.Tensor) -> Plan
     return Plan(space, ranks.cpu().numpy() < np.repeat(widths, space.full))
 
 
+def check_reachable(space: Space, target: float) -> None:
+    """Raises UserError if not even the smallest widths are within the budget."""
+    if space.min_ratio > target:
+        least = math.ceil(space.min_ratio * 1e4) / 1e4
+        raise UserError(f"--flops {target:g} cannot be reached: the smallest reachable share is {least:.4f}; "
+                        "ask for that or more, or lower --divisor")
+
+
 def fit_budget(space: Space, value: list[np.ndarray], target: float) -> np.ndarray:
     """Widths that meet a budget exactly: ratio <= target, and no group can be raised by one step.
 
@@ -133,9 +141,7 @@ def fit_budget(space: Space, value: list[np.ndarray], target: float) -> np.ndarr
     Raises:
         UserError: not even the smallest widths are within the budget.
     """
-    if space.min_ratio > target:
-        raise UserError(f"--flops {target:g} cannot be reached: the smallest reachable share is {space.min_ratio:.4f}; "
-                        "ask for that or more, or lower --divisor")
+    check_reachable(space, target)
     widths = space.least.copy()
     steps = sorted((-float(value[i][k]), k, i) for i, g in enumerate(space.groups) for k in range(1, len(g.candidates)))
     full = set()

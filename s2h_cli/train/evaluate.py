@@ -11,20 +11,18 @@ from torch import nn
 Batch = tuple[torch.Tensor, torch.Tensor]
 
 
-def restate(network: nn.Module, batches: list[Batch]) -> None:
-    """Re-estimates the batch-norm statistics of a network (fvcore's precise BN) from batches of images and targets."""
-    modules = list(network.modules())
-    modes = [module.training for module in modules]
+def restate(network: nn.Module, batches: list[torch.Tensor]) -> None:
+    """Re-estimates the batch-norm statistics of a network (fvcore's precise BN) from batches of images (N, C, H, W).
+
+    Dropout and stochastic depth are off, as they are in evaluation. Leaves the network in eval mode.
+    """
     network.eval()
-    for module in get_bn_modules(network.train()):
-        module.train()
-    for module in modules:  # dropout and stochastic depth stay off: statistics are those of evaluation
-        if not isinstance(module, nn.modules.batchnorm._BatchNorm):
-            module.training = False
-    with torch.no_grad():
-        update_bn_stats(network, [images for images, _ in batches], num_iters=len(batches))
-    for module, mode in zip(modules, modes):
-        module.training = mode
+    for module in network.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.train()
+    if get_bn_modules(network):
+        update_bn_stats(network, batches, num_iters=len(batches))
+    network.eval()
 
 
 @torch.no_grad()

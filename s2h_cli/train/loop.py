@@ -95,19 +95,43 @@ def fit(method: Any, train: DataLoader, val: DataLoader, recipe: Recipe, watcher
                 sums[name] = sums.get(name, 0.0) + value
             images_seen += len(targets)
             if len(recent) * len(targets) < RESTATE_IMAGES:
-                recent.append((images, targets))
+                recent.append(images)
             watcher.step(epoch, step, {**facts, "ratio": method.plan.ratio, "images_per_second":
                                        images_seen / (time.perf_counter() - started)})
         row = {"epoch": epoch + 1, "lr": optimizer.param_groups[0]["lr"], "ratio": method.plan.ratio}
         row |= {f"loss_{name}": value / (step + 1) for name, value in sums.items()}
-        for name, network in method.networks().items():
-            restate(network, recent)
-            row[f"top1_{name}"] = top1(network.eval(), val, device)
+        row |= evaluate(method, recent, val, device)
         row["seconds"] = time.perf_counter() - started
         rows.append(row)
         save({"method": method.state_dict(), "optimizer": optimizer.state_dict(), "rows": rows})
         watcher.epoch(row)
     return rows
+
+
+def try_step(method: Any, loader: DataLoader, device: torch.device) -> None:
+    """Runs one batch forward and backward, and changes no weight."""
+    images, targets = next(iter(loader))
+    method.start_step(0.0)
+    method.backward(images.to(device), targets.to(device), nn.CrossEntropyLoss())
+
+
+def evaluate(method: Any, batches: list[torch.Tensor], val: DataLoader, device: torch.device) -> dict[str, float]:
+    """Top-1 in percent of each of a method's networks, after its batch-norm statistics were re-estimated on `batches`."""
+    accuracy = {}
+    for name, network in method.networks().items():
+        restate(network, batches)
+        accuracy[f"top1_{name}"] = top1(network.eval(), val, device)
+    return accuracy
+
+
+def first_batches(loader: DataLoader, device: torch.device) -> list[torch.Tensor]:
+    """Images (N, C, H, W) of the first batches: enough to re-estimate batch-norm statistics on."""
+    batches = []
+    for images, _ in loader:
+        batches.append(images.to(device))
+        if len(batches) * len(images) >= RESTATE_IMAGES:
+            break
+    return batches
 
 
 def seed_everything(seed: int, epoch: int) -> None:

@@ -1,0 +1,127 @@
+"""The command line: parses and prints; no logic."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+import warnings
+from pathlib import Path
+from typing import Annotated, Any, Optional
+
+import typer
+
+from .errors import UserError
+
+CONVENTION = "MACs as fvcore counts them (one multiply-add is one; stem and classifier included)"
+
+app = typer.Typer(add_completion=False, no_args_is_help=True, rich_markup_mode="rich", pretty_exceptions_enable=False,
+                  help="Compress your own vision model in one training run.\n\n"
+                       "Example: [bold]s2h prune resnet18 --data digits --flops 0.35 --no-pretrained[/bold]")
+
+Model = Annotated[str, typer.Argument(metavar="MODEL", help="A timm name (resnet50), torchvision:resnet50, or your own "
+                                      "path/to/file.py:build, a callable that returns an nn.Module.")]
+Data = Annotated[str, typer.Option(help="A folder with train/ and val/, a folder of class folders, 'digits', or a timm data set "
+                                   "such as torch/cifar100.")]
+
+
+@app.command(epilog="Example: s2h prune resnet50 --data ./imagenet --flops 0.35")
+def prune(
+    model: Model,
+    data: Data,
+    flops: Annotated[float, typer.Option(help=f"Share of the whole network's MACs that remains, at the training resolution: {CONVENTION}.")],
+    output: Annotated[Optional[str], typer.Option("-o", "--output", help="Result folder. [default: runs/MODEL-fSHARE, numbered]")] = None,
+    pretrained: Annotated[bool, typer.Option(help="Start from the name's published weights, where it has any.")] = True,
+    weights: Annotated[Optional[str], typer.Option(help="Start from this .safetensors or .pth file.")] = None,
+    epochs: Annotated[Optional[int], typer.Option(min=0, help="0: no training, one cut by weight importance. [default: 100; digits: 20]")] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Images per step.")] = 64,
+    lr: Annotated[Optional[float], typer.Option(help="Peak learning rate. [default: 0.001 from scratch, 0.0002 from trained weights, "
+                                                "times the root of batch size / 64]")] = None,
+    opt: Annotated[str, typer.Option(help="Any optimizer of timm.")] = "adamw",
+    sched: Annotated[str, typer.Option(help="Any schedule of timm.")] = "cosine",
+    img_size: Annotated[Optional[int], typer.Option(min=1, help="Side of the input in pixels. [default: the model's own; digits: 32]")] = None,
+    divisor: Annotated[int, typer.Option(min=1, help="Widths are multiples of this many channels; less in narrow groups.")] = 8,
+    exclude: Annotated[Optional[list[str]], typer.Option(metavar="GLOB", help="Leave layers of this name whole; repeatable.")] = None,
+    val_fraction: Annotated[float, typer.Option(help="Share of a single image folder to validate on.")] = 0.1,
+    skip_bad_images: Annotated[bool, typer.Option("--skip-bad-images", help="Leave unreadable images out, and count them.")] = False,
+    seed: Annotated[int, typer.Option(help="Decides everything random.")] = 0,
+    workers: Annotated[int, typer.Option(min=0, help="Processes that load images.")] = 4,
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1; auto takes a GPU where there is one.")] = "auto",
+    amp: Annotated[bool, typer.Option("--amp", help="Train in bfloat16 autocast.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in the result folder.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Plan, check the budget, do one step, write nothing.")] = False,
+) -> None:
+    """Train MODEL on DATA and write a small dense network that costs the share --flops of its MACs."""
+    from . import run
+    from .report import tables
+
+    config = run.Config(model=model, data=data, flops=flops, output=output, pretrained=pretrained, weights=weights, epochs=epochs,
+                        batch_size=batch_size, lr=lr, opt=opt, sched=sched, img_size=img_size, divisor=divisor,
+                        exclude=list(exclude or []), val_fraction=val_fraction, skip_bad_images=skip_bad_images, seed=seed,
+                        workers=workers, device=device, amp=amp)
+    console = tables.console()
+    result = run.prune(config, console, resume=resume, dry_run=dry_run)
+    if result:
+        console.print(tables.closing(result))
+        console.print(f"Next:\n  s2h inspect {result['folder']}\n  s2h export {result['folder']} --format onnx", soft_wrap=True)
+
+
+@app.command(epilog="Example: s2h inspect resnet50")
+def inspect(
+    model: Annotated[str, typer.Argument(metavar="MODEL | RUN", help="A model as for prune, or the folder of a run.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print the facts as JSON.")] = False,
+    img_size: Annotated[Optional[int], typer.Option(min=1, help="Side of the input in pixels.")] = None,
+    divisor: Annotated[int, typer.Option(min=1, help="As for prune.")] = 8,
+    exclude: Annotated[Optional[list[str]], typer.Option(metavar="GLOB", help="As for prune.")] = None,
+) -> None:
+    """Show what can be pruned in MODEL and what cannot, and why; or what RUN kept of each layer."""
+    from . import run
+    from .report import facts, tables
+
+    found = run.inspect(model, img_size=img_size, divisor=divisor, exclude=tuple(exclude or ()))
+    if as_json:
+        print(json.dumps(facts.public(found), indent=1))
+    else:
+        tables.console().print(tables.inspection(found))
+
+
+@app.command(epilog="Example: s2h export runs/resnet18-f0.35 --format onnx")
+def export(
+    folder: Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a run.")],
+    format: Annotated[str, typer.Option(help="torchscript, onnx, pt2 or all.")] = "all",
+) -> None:
+    """Write the network of RUN in other formats, load each back and compare."""
+    from . import run
+
+    for name, difference in run.export(folder, format).items():
+        print(f"{folder / name}  largest relative difference {difference:.1e}")
+
+
+@app.command("eval", epilog="Example: s2h eval runs/resnet18-f0.35/model.onnx --data digits")
+def evaluate(
+    artifact: Annotated[Path, typer.Argument(metavar="RUN | FILE", help="The folder of a run, or its model.onnx, model.ts or model.pt2.")],
+    data: Data,
+    batch_size: Annotated[int, typer.Option(min=1, help="Images per step.")] = 64,
+    workers: Annotated[int, typer.Option(min=0, help="Processes that load images.")] = 4,
+    val_fraction: Annotated[float, typer.Option(help="As for prune.")] = 0.1,
+    seed: Annotated[int, typer.Option(help="As for prune: decides which images of a single folder are validated on.")] = 0,
+) -> None:
+    """Measure the top-1 accuracy of a result on the validation images of DATA."""
+    from . import run
+
+    accuracy, images = run.evaluate(artifact, data, batch_size=batch_size, workers=workers, val_fraction=val_fraction, seed=seed)
+    print(f"{artifact}  top-1 {accuracy:.2f} % of {images} images")
+
+
+def main(args: list[str] | None = None) -> Any:
+    """Runs the command line; an error that a user can mend ends in one line and exit code 2."""
+    warnings.filterwarnings("ignore")
+    logging.disable(logging.WARNING)
+    try:
+        app(args=args)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        print("error: stopped before there was anything to keep; run the command again", file=sys.stderr)
+        raise SystemExit(2) from None

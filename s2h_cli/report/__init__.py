@@ -1,0 +1,1 @@
+"""What people look at: facts as data, tables, progress."""

@@ -1,0 +1,47 @@
+"""Shows a run while it trains: a live display on a terminal, one line an epoch elsewhere."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+
+class TrainingDisplay:
+    """The loop's watcher. Use as a context manager around the training."""
+
+    def __init__(self, console: Console, epochs: int, steps: int, target: float, done: int = 0):
+        self.console = console
+        self.epochs, self.steps, self.target = epochs, steps, target
+        self.accuracy = "soft – hard –"
+        self.live = None
+        if console.is_terminal:
+            self.live = Progress(TextColumn("{task.description}"), BarColumn(bar_width=12), TextColumn("{task.fields[facts]}"),
+                                 TimeRemainingColumn(), console=console)
+            self.task = self.live.add_task(f"epoch {done + 1}/{epochs}", total=epochs * steps, completed=done * steps, facts="")
+
+    def __enter__(self) -> "TrainingDisplay":
+        if self.live:
+            self.live.start()
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        if self.live:
+            self.live.stop()
+
+    def step(self, epoch: int, step: int, facts: dict[str, float]) -> None:
+        if self.live:
+            loss = sum(value for name, value in facts.items() if name not in ("ratio", "images_per_second"))
+            self.live.update(
+                self.task, completed=epoch * self.steps + step + 1,
+                description=f"epoch {epoch + 1}/{self.epochs} step {step + 1}/{self.steps}",
+                facts=f"loss {loss:.3f} {self.accuracy} ratio {facts['ratio']:.3f}>{self.target:g} "
+                      f"{facts['images_per_second']:.0f} img/s")
+
+    def epoch(self, row: dict[str, Any]) -> None:
+        top1 = " ".join(f"{name.removeprefix('top1_')} {value:.2f}%" for name, value in row.items() if name.startswith("top1_"))
+        self.accuracy = top1
+        losses = " ".join(f"{name.removeprefix('loss_')} {value:.3f}" for name, value in row.items() if name.startswith("loss_"))
+        self.console.print(f"epoch {row['epoch']}/{self.epochs}  loss {losses}  {top1}  ratio {row['ratio']:.4f}  {row['seconds']:.1f} s",
+                           soft_wrap=True)

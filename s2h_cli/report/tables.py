@@ -1,0 +1,131 @@
+"""Tables for the terminal, 80 columns wide."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich.console import Console, Group
+from rich.table import Table
+from rich.text import Text
+
+from ..cost import CONVENTION
+
+BAR = 10
+
+
+def quantity(n: float) -> str:
+    """1234567 -> "1.23M"."""
+    for unit, size in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if n >= size:
+            return f"{n / size:.{2 if n < 10 * size else 1}f}{unit}"
+    return f"{n:.0f}"
+
+
+def bar(share: float) -> Text:
+    """A bar of the retained share."""
+    filled = round(share * BAR)
+    return Text("█" * filled, style="green") + Text("·" * (BAR - filled), style="dim")
+
+
+def inspection(facts: dict[str, Any]) -> Group:
+    """What `s2h inspect` shows: summary, layers, groups, frozen channels."""
+    pruned = facts["macs"]["target"] is not None
+    parts: list[Any] = [_summary(facts, pruned), _layers(facts, pruned), _groups(facts, pruned)]
+    parts.append(_frozen(facts) if facts["frozen"] else Text("Nothing is frozen."))
+    return Group(*parts)
+
+
+def _table(title: str, *columns: str) -> Table:
+    """A table with these columns: '>' aligns one to the right, '*' lets one wrap where the table is too wide."""
+    table = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False, header_style="dim")
+    for column in columns:
+        table.add_column(column.lstrip(">*"), justify="right" if ">" in column else "left", no_wrap="*" not in column, overflow="fold")
+    return table
+
+
+def _summary(facts: dict[str, Any], pruned: bool) -> Text:
+    macs, params = facts["macs"], facts["params"]
+    size = "x".join(map(str, facts["input_size"]))
+    lines = [f"{facts['model']}  input {size}"]
+    if pruned:
+        lines += [f"MACs    {quantity(macs['full'])} → {quantity(macs['pruned'])}   ratio {macs['ratio']:.4f}, target {macs['target']:g}",
+                  f"params  {quantity(params['full'])} → {quantity(params['pruned'])}   ratio {params['ratio']:.4f}"]
+    else:
+        lines += [f"MACs    {quantity(macs['full'])}   smallest reachable ratio {macs['min_ratio']:.4f}",
+                  f"params  {quantity(params['full'])}"]
+    return Text("\n".join([*lines, f"({CONVENTION})", ""]))
+
+
+def _layers(facts: dict[str, Any], pruned: bool) -> Table:
+    layers = [x for x in facts["layers"] if "norm" not in x["kind"] and "pool" not in x["kind"]]
+    if not pruned:
+        table = _table("Layers", "*layer", "kind", ">in", ">out", ">MACs", ">params")
+        for x in layers:
+            table.add_row(x["name"], _kind(x["kind"]), str(x["in"][1]), str(x["out"][1]), quantity(x["macs"][1]),
+                          quantity(x["params"][1]))
+        return table
+    table = _table("Layers, by MACs saved", "*layer", ">in", ">out", "kept", ">MACs", ">params")
+    for x in sorted(layers, key=lambda x: x["macs"][0] - x["macs"][1]):
+        table.add_row(x["name"], _of(x["in"]), _of(x["out"]), bar(x["out"][0] / x["out"][1]), _change(x["macs"]), _change(x["params"]))
+    return table
+
+
+def _groups(facts: dict[str, Any], pruned: bool) -> Table:
+    table = _table("\nGroups: channels that stay or go together", "*group", ">kept" if pruned else ">size", "*layers it ties")
+    for g in facts["groups"]:
+        table.add_row(g["name"], _of([g["kept"], g["size"]]) if pruned else str(g["size"]), _names(g["layers"]))
+    return table
+
+
+def _frozen(facts: dict[str, Any]) -> Table:
+    table = _table("\nFrozen: left whole", "*reason", ">channels", "*layers")
+    for f in facts["frozen"]:
+        table.add_row(f["reason"], str(f["channels"]), _names(f["layers"]))
+    return table
+
+
+def closing(result: dict[str, Any]) -> Table:
+    """The table a run ends with. `result` is the one that `run.prune` returns."""
+    facts = result["facts"]
+    macs, params = facts["macs"], facts["params"]
+    table = _table("Result", "", ">before", ">after", "*")
+    table.add_row("top-1 %, soft network", "", _percent(result["top1"]["soft"]), "")
+    table.add_row("top-1 %, hard network", "", _percent(result["top1"]["hard"]), "")
+    table.add_row("top-1 %, exported", "", _percent(result["top1"]["exported"]), "model.onnx in onnxruntime")
+    table.add_row("MACs", quantity(macs["full"]), quantity(macs["pruned"]), f"ratio {macs['ratio']:.4f}, target {macs['target']:g}")
+    table.add_row("parameters", quantity(params["full"]), quantity(params["pruned"]), f"ratio {params['ratio']:.4f}")
+    before, after = result["bytes"]
+    table.add_row("model.safetensors", f"{before / 1e6:.2f} MB", f"{after / 1e6:.2f} MB", "")
+    for name, difference in result["differences"].items():
+        table.add_row(name, "", f"{difference:.1e}", "largest difference, relative")
+    table.caption = f"({CONVENTION})"
+    table.caption_justify = "left"
+    return table
+
+
+def _names(layers: list[str]) -> str:
+    return ", ".join(layers[:3]) + (f" and {len(layers) - 3} more" if len(layers) > 3 else "")
+
+
+def _percent(value: float | None) -> str:
+    return "" if value is None else f"{value:.2f}"
+
+
+def _of(pair: list[int]) -> str:
+    return f"{pair[0]}/{pair[1]}"
+
+
+def _change(pair: list[int]) -> str:
+    return f"{quantity(pair[1])}→{quantity(pair[0])}"
+
+
+def _kind(kind: str) -> str:
+    return "attention" if kind == "scaled_dot_product_attention" else kind
+
+
+def console(**options: Any) -> Console:
+    """A console that keeps 80 columns when the output is no terminal."""
+    console = Console(highlight=False, **options)
+    if not console.is_terminal:
+        console.width = 80
+    return console

@@ -1,0 +1,297 @@
+"""The job behind `s2h prune`: source -> graph -> space -> training -> artifacts. Reads top to bottom."""
+
+from __future__ import annotations
+
+import csv
+import math
+import shlex
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import yaml
+from rich.console import Console
+
+from . import artifacts, data
+from .errors import UserError, why
+from .graph import capture
+from .masks import check_reachable
+from .methods import METHODS
+from .methods.oneshot import OneShot
+from .plan import Plan, Space
+from .report.facts import describe
+from .report.progress import TrainingDisplay
+from .source import Source, load_source
+from .train import checkpoint
+from .train.evaluate import top1
+from .train import loop
+from .train.loop import Recipe, first_batches, fit, seed_everything, try_step
+
+
+@dataclass
+class Config:
+    """What `s2h prune` was asked for: the content of `args.yaml`. None means: by model and data, see `resolve`."""
+
+    model: str
+    data: str
+    flops: float
+    output: str | None = None
+    method: str = "s2h"
+    pretrained: bool = True
+    weights: str | None = None
+    epochs: int | None = None
+    batch_size: int = 64
+    lr: float | None = None
+    opt: str = "adamw"
+    sched: str = "cosine"
+    img_size: int | None = None
+    divisor: int = 8
+    exclude: tuple[str, ...] = ()
+    val_fraction: float = 0.1
+    skip_bad_images: bool = False
+    seed: int = 0
+    workers: int = 4
+    device: str = "auto"
+    amp: bool = False
+
+    def command(self, *extra: str) -> str:
+        """The command line that asks for this run."""
+        words = ["s2h", "prune", self.model]
+        for field in fields(self)[1:]:
+            value = getattr(self, field.name)
+            flag = "--" + field.name.replace("_", "-")
+            if value == field.default or value is None:
+                continue
+            if isinstance(value, bool):
+                words.append(flag if value else "--no-" + flag[2:])
+            else:
+                for item in value if isinstance(value, (tuple, list)) else [value]:
+                    words += [flag, f"{item:g}" if isinstance(item, float) else str(item)]
+        return shlex.join([*words, *extra])
+
+
+#: Settings that depend on the data, where the user gave none: the digits are few and small.
+EPOCHS = {"digits": 20}
+IMG_SIZE = {"digits": 32}
+DEFAULT_EPOCHS = 100
+#: Peak learning rates of AdamW at 64 images a batch: from scratch, and from trained weights.
+LR_SCRATCH, LR_PRETRAINED = 1e-3, 2e-4
+
+
+def prune(config: Config, console: Console, *, resume: bool = False, dry_run: bool = False) -> dict[str, Any] | None:
+    """Compresses a model and writes the result; see `docs/commands.md` for what a run writes.
+
+    Returns:
+        {folder, facts, top1, bytes, differences} for the closing table; None for a dry run.
+
+    Raises:
+        UserError: whatever the user can mend.
+    """
+    if not 0 < config.flops < 1:
+        raise UserError(f"--flops {config.flops:g} is no share of the MACs; give a number between 0 and 1, such as 0.35")
+    device = pick_device(config.device)
+    splits = data.open_splits(config.data, val_fraction=config.val_fraction, seed=config.seed, skip_bad_images=config.skip_bad_images)
+    config.img_size = config.img_size or IMG_SIZE.get(config.data)
+    seed_everything(config.seed, 0)
+    source = load_source(config.model, num_classes=len(splits.class_names), pretrained=config.pretrained,
+                         weights=Path(config.weights) if config.weights else None, img_size=config.img_size)
+    folder = pick_folder(config, source.name, resume)
+    state = checkpoint.load(folder / "checkpoints" / "last") if resume else None
+    config = resumed(config, folder) if resume else config
+    if config.epochs is None:
+        config.epochs = EPOCHS.get(config.data, DEFAULT_EPOCHS)
+    if config.lr is None:
+        config.lr = (LR_PRETRAINED if source.pretrained else LR_SCRATCH) * math.sqrt(config.batch_size / 64)
+    captured = capture(source.module, source.input_size)
+    network = captured.network.to(device)
+    space = Space(network, tuple(config.exclude), config.divisor)
+    check_reachable(space, config.flops)
+    for note in [*source.notes, *splits.notes, *captured.notes]:
+        console.print(f"note: {note}", soft_wrap=True)
+    console.print(f"{source.name} on {config.data}: {len(splits.train)} training and {len(splits.val)} validation images, "
+                  f"{len(splits.class_names)} classes, input {'x'.join(map(str, source.input_size))}, {device}", soft_wrap=True)
+    console.print(f"{len(space.groups)} groups, {space.size} prunable channels and heads; target {config.flops:g} of "
+                  f"{space.full_macs / 1e6:.1f} M MACs, smallest reachable {space.min_ratio:.4f}", soft_wrap=True)
+
+    preprocessing = dict(input_size=source.input_size, mean=source.mean, std=source.std, interpolation=source.interpolation,
+                         crop_pct=source.crop_pct)
+    loading = dict(**preprocessing, batch_size=config.batch_size, workers=config.workers, flip=splits.flip, seed=config.seed)
+    train = data.make_loader(splits.train, train=True, **loading)
+    val = data.make_loader(splits.val, train=False, **loading)
+    method = METHODS[config.method](network, space, config.flops) if config.epochs else OneShot(network, space, config.flops)
+    recipe = Recipe(config.epochs, config.lr, config.opt, config.sched, seed=config.seed, amp=config.amp)
+    if dry_run:
+        try_step(method, train, device)
+        console.print(f"dry run: one step works, the budget can be met, nothing was written. To train:\n  {config.command()}", soft_wrap=True)
+        return None
+
+    if not resume:
+        with checkpoint.replacing(folder / "args.yaml") as path:
+            path.write_text(yaml.safe_dump({**asdict(config), "exclude": list(config.exclude)}, sort_keys=False))
+    config.output = str(folder)
+
+    def save(state: dict) -> None:
+        write_summary(folder / "summary.csv", state["rows"])
+        checkpoint.save(folder / "checkpoints" / "last", state)
+
+    done = len(state["rows"]) if state else 0
+    try:
+        if config.epochs:
+            with TrainingDisplay(console, config.epochs, len(train), config.flops, done) as watcher:
+                rows = fit(method, train, val, recipe, watcher, state=state, save=save)
+        else:
+            rows = [{"epoch": 0, "ratio": method.plan.ratio, **loop.evaluate(method, first_batches(train, device), val, device)}]
+            write_summary(folder / "summary.csv", rows)
+    except KeyboardInterrupt:
+        kept = (folder / "checkpoints" / "last").exists()
+        again = config.command("--resume") if kept else config.command()
+        raise UserError(f"stopped; {'the last checkpoint is kept, go on with' if kept else 'no epoch was finished, start again with'}: "
+                        f"{again}") from None
+    return finish(config, folder, method, source, splits, val, rows[-1], space, preprocessing, console)
+
+
+def finish(config: Config, folder: Path, method: Any, source: Source, splits: data.Splits, val: Any, row: dict[str, Any],
+           space: Space, preprocessing: dict, console: Console) -> dict[str, Any]:
+    """Writes and verifies every artifact of a trained method."""
+    small = method.result().cpu().eval()
+    facts = describe(method.plan, config.model, source.input_size, config.flops)
+    metadata = {**preprocessing, "classes": splits.class_names}
+    with console.status("writing and checking artifacts"):
+        artifacts.save(folder, small, {**facts, "kept_indices": method.plan.by_group(), "data": metadata})
+        for name in artifacts.EXPORTS:
+            artifacts.export(small, folder, name, metadata=metadata)
+        differences = artifacts.verify(small, folder, source.input_size)
+        exported = top1(artifacts.run_artifact(folder / "model.onnx"), val, "cpu")
+    before = sum(t.numel() * t.element_size() for t in method.network.state_dict().values())
+    bad = [name for split in (splits.train, splits.val) for name in data.bad_images(split)]
+    if bad:
+        console.print(f"note: {len(bad)} unreadable images were left out, the first is '{bad[0]}'", soft_wrap=True)
+    return {"folder": folder, "facts": facts, "differences": differences,
+            "top1": {"soft": row["top1_soft"], "hard": row["top1_hard"], "exported": exported},
+            "bytes": [before, (folder / "model.safetensors").stat().st_size]}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The other commands
+
+
+def inspect(model: str, *, img_size: int | None = None, divisor: int = 8, exclude: tuple[str, ...] = ()) -> dict[str, Any]:
+    """Facts (see `report.facts.describe`) of a run folder, or of a model that nothing was cut from; no weights are loaded.
+
+    Raises:
+        UserError: the model cannot be built, captured or pruned, or the folder holds no result.
+    """
+    if Path(model).is_dir():
+        return artifacts.read_plan(model)
+    source = load_source(model, pretrained=False, img_size=img_size)
+    space = Space(capture(source.module, source.input_size).network, exclude, divisor)
+    return describe(Plan(space, np.ones(space.size, bool)), model, source.input_size)
+
+
+def export(folder: Path, format: str) -> dict[str, float]:
+    """Writes the network of a run in one format, or in `all`, and checks every artifact of the folder.
+
+    Returns:
+        {file name: largest difference relative to the largest logit}.
+
+    Raises:
+        UserError: there is no such run or format, the exporter fails, or an artifact differs.
+    """
+    formats = list(artifacts.EXPORTS) if format == "all" else [format]
+    plan, small = artifacts.read_plan(folder), artifacts.load(folder)
+    files = [artifacts.export(small, folder, name, metadata=plan["data"]).name for name in formats]
+    differences = artifacts.verify(small, folder, plan["input_size"])
+    return {name: differences[name] for name in files}
+
+
+def evaluate(artifact: Path, spec: str, *, batch_size: int, workers: int, val_fraction: float, seed: int) -> tuple[float, int]:
+    """Top-1 accuracy in percent of a run folder or an exported file on the validation images of DATA, and their number.
+
+    Raises:
+        UserError: the artifact or the data cannot be read, or their classes differ.
+    """
+    run = artifacts.run_artifact(artifact)
+    metadata = artifacts.read_plan(artifact)["data"] if artifact.is_dir() else artifacts.read_metadata(artifact)
+    if "classes" not in metadata:
+        raise UserError(f"'{artifact}' does not tell its classes and preprocessing: s2h did not write it; give a run or its files")
+    splits = data.open_splits(spec, val_fraction=val_fraction, seed=seed)
+    classes = metadata.pop("classes")
+    if splits.class_names != classes:
+        raise UserError(f"'{spec}' has other classes ({', '.join(splits.class_names[:5])}, ...) than '{artifact}' "
+                        f"({', '.join(classes[:5])}, ...); give data of the same classes")
+    val = data.make_loader(splits.val, train=False, batch_size=batch_size, workers=workers, flip=splits.flip, **metadata)
+    return top1(run, val, "cpu"), len(splits.val)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Small decisions
+
+
+def pick_device(name: str) -> torch.device:
+    """The device of `--device`; `auto` takes a GPU where there is one.
+
+    Raises:
+        UserError: this machine has no such device.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise UserError(f"--device {name} is no device; give cpu, cuda, cuda:1 or auto") from None
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise UserError(f"--device {name}: this machine has {torch.cuda.device_count()} usable GPUs; use --device cpu")
+    if device.type not in ("cpu", "cuda"):
+        raise UserError(f"--device {name} is not supported; give cpu, cuda, cuda:1 or auto")
+    return device
+
+
+def pick_folder(config: Config, name: str, resume: bool) -> Path:
+    """The run's folder: `-o`, or the next free `runs/NAME-fSHARE`; with `--resume` one that exists.
+
+    Raises:
+        UserError: a new run's folder exists, or the one to resume does not.
+    """
+    if config.output:
+        folder = Path(config.output)
+        if resume and not folder.is_dir():
+            raise UserError(f"nothing to resume: no folder '{folder}'; leave --resume away or name the run's folder with -o")
+        if not resume and folder.exists():
+            raise UserError(f"'{folder}' exists and is kept; add --resume to go on with it, or choose another folder with -o")
+        return folder
+    stem = f"{name}-f{config.flops:g}"
+    taken = [path for i in range(1, 10_000) if (path := Path("runs") / (stem if i == 1 else f"{stem}-{i}")).exists()]
+    if resume:
+        if not taken:
+            raise UserError(f"nothing to resume: no run 'runs/{stem}'; leave --resume away or name the run's folder with -o")
+        return taken[-1]
+    return Path("runs") / (f"{stem}-{len(taken) + 1}" if taken else stem)
+
+
+def resumed(config: Config, folder: Path) -> Config:
+    """The configuration a run was started with, checked against what was asked for now.
+
+    Raises:
+        UserError: another model, data set or budget was asked for, or `args.yaml` cannot be read.
+    """
+    try:
+        saved = Config(**yaml.safe_load((folder / "args.yaml").read_text()))
+    except (OSError, TypeError, yaml.YAMLError) as error:
+        raise UserError(f"cannot resume: '{folder / 'args.yaml'}' cannot be read ({why(error)}); start a new run") from error
+    for field in ("model", "data", "flops"):
+        if getattr(saved, field) != getattr(config, field):
+            raise UserError(f"cannot resume: '{folder}' was started with {field} {getattr(saved, field)}, "
+                            f"not {getattr(config, field)}; ask for the same, or start a new run")
+    return saved
+
+
+def write_summary(path: Path, rows: list[dict[str, Any]]) -> None:
+    """Writes one row an epoch as CSV; terms that a phase of the training does not have stay empty."""
+    columns = list(dict.fromkeys(name for row in rows for name in row))
+    with checkpoint.replacing(path) as temporary, open(temporary, "w", newline="") as file:
+        writer = csv.DictWriter(file, columns)
+        writer.writeheader()
+        writer.writerows({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()} for row in rows)
+

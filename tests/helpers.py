@@ -1,0 +1,151 @@
+"""What several test files need: random weights, random plans, and the comparisons that every network must pass."""
+
+import copy
+from collections import Counter
+
+import numpy as np
+import torch
+from torch import fx, nn
+from torch.func import functional_call
+
+from s2h_cli.cost import count_macs
+from s2h_cli.graph import Captured, capture
+from s2h_cli.plan import Plan, Space
+from s2h_cli.rebuild import kept_indices, rebuild, resize, skeleton, slice_parameters
+
+
+def randomise(module: nn.Module, seed: int = 0) -> nn.Module:
+    """Random weights, biases and statistics, none of them zero, of a scale that keeps activations alive."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
+            if not tensor.is_floating_point():
+                continue
+            noise = torch.randn(tensor.shape, generator=generator)
+            if name.endswith("running_var"):
+                tensor.copy_(1 + 0.5 * noise.tanh())
+            elif name.endswith("running_mean"):
+                tensor.copy_(0.2 * noise)
+            elif not isinstance(tensor, nn.Parameter):
+                continue  # tables such as masks and positions
+            elif tensor.ndim > 1:
+                tensor.copy_(noise * (1.5 / tensor[0].numel()) ** 0.5)
+            else:
+                tensor.copy_(0.2 * noise + (0 if name.endswith("bias") else 1))
+    return module
+
+
+def images(network: fx.GraphModule, batch: int = 3, seed: int = 0) -> torch.Tensor:
+    return torch.randn(batch, *network.meta["input_size"], generator=torch.Generator().manual_seed(seed))
+
+
+def captured(model: nn.Module, input_size: tuple[int, int, int]) -> Captured:
+    """The canonical graph of a randomised model."""
+    return capture(randomise(model), input_size)
+
+
+def random_plan(space: Space, seed: int = 0, share: float = 0.35, only: list[bool] | None = None) -> Plan:
+    """Keeps a random share of the atoms of each group (of the groups marked in `only`), at least `step` of them."""
+    generator = np.random.default_rng(seed)
+    keep = np.ones(space.size, bool)
+    for i, group in enumerate(space.groups):
+        if only is None or only[i]:
+            n = min(group.size, max(group.step, round(share * group.size)))
+            keep[group.start:group.stop] = False
+            keep[group.start + generator.permutation(group.size)[:n]] = True
+    return Plan(space, keep)
+
+
+def exact_groups(network: fx.GraphModule, space: Space) -> list[bool]:
+    """For each group, whether no normalisation takes its mean over these channels: there, cutting equals zeroing."""
+    normalised: set[int] = set()
+    for node in network.graph.nodes:
+        op = node.meta.get("op")
+        if op in ("layer_norm", "group_norm"):
+            axes = [1] if op == "group_norm" else range(-len(node.meta["args"][1]), 0)
+            for axis in axes:
+                parts = space.tensors[node.name][0][axis]
+                normalised.update([] if parts is None else parts.ravel().tolist())
+    return [not normalised.intersection(range(g.start, g.stop)) for g in space.groups]
+
+
+class Masked(fx.Interpreter):
+    """Runs the full network with normalisations that see the kept channels only: the reference where a norm is cut."""
+
+    def __init__(self, network: fx.GraphModule, plan: Plan):
+        super().__init__(zero_reads(network, plan))
+        self.plan = plan
+
+    def run_node(self, node: fx.Node):
+        op = node.meta.get("op")
+        if op not in ("layer_norm", "group_norm"):
+            return super().run_node(node)
+        x, _ = self.fetch_args_kwargs_from_env(node)
+        x, args = x[0], node.meta["args"]
+        dims = self.plan.space.tensors[node.name][0]
+        keep = torch.ones_like(x)
+        for axis, parts in enumerate(dims):
+            if parts is not None:
+                shape = [-1 if i == axis else 1 for i in range(x.ndim)]
+                keep = keep * torch.from_numpy(self.plan.kept(parts)).reshape(shape)
+        rows = (len(x), args[1], -1) if op == "group_norm" else (*x.shape[:-len(args[1])], -1)
+        flat, mask = x.reshape(rows), keep.reshape(rows)
+        count = mask.sum(-1, keepdim=True).clamp(min=1)
+        centred = (flat - (flat * mask).sum(-1, keepdim=True) / count) * mask
+        y = (centred / ((centred ** 2).sum(-1, keepdim=True) / count + args[4]).sqrt()).reshape(x.shape)
+        weight, bias = (a and self.module.state_dict()[a.name] for a in args[2:4])
+        shape = (-1, *(1,) * (x.ndim - 2)) if op == "group_norm" else args[1]
+        y = y if weight is None else y * weight.reshape(shape)
+        return y if bias is None else y + bias.reshape(shape)
+
+
+def zero_reads(network: fx.GraphModule, plan: Plan) -> fx.GraphModule:
+    """The full network, deaf to the removed channels."""
+    deaf = copy.deepcopy(network)
+    with torch.no_grad():
+        for name, dim in plan.space.reads:
+            gone = np.flatnonzero(~plan.kept(plan.space.params[name][dim]))
+            deaf.get_parameter(name).index_fill_(dim, torch.from_numpy(gone), 0)
+    return deaf
+
+
+def relative_error(a: torch.Tensor, b: torch.Tensor) -> float:
+    return float((a - b).abs().max() / b.abs().max())
+
+
+def error_of_cutting(network: fx.GraphModule, plan: Plan, masked: bool = False) -> float:
+    """How far the rebuilt network is from the full one with zeroed reads (and, if `masked`, masked norms)."""
+    x = images(network)
+    with torch.no_grad():
+        expected = (Masked(network, plan).run if masked else zero_reads(network, plan))(x)
+        assert expected.isfinite().all() and expected.std() > 0
+        return relative_error(rebuild(network, plan)(x), expected)
+
+
+#: fvcore's names for the operators that it calls otherwise.
+KINDS = {"conv1d": "conv", "conv2d": "conv", "conv3d": "conv"}
+
+
+def planned_macs(space: Space, widths: np.ndarray) -> dict[str, int]:
+    """The plan's MACs by fvcore's operator names."""
+    counter: Counter[str] = Counter()
+    for layer, macs in zip(space.layers, space.macs.by_row(widths).tolist(), strict=True):
+        counter[KINDS.get(layer.kind, layer.kind)] += macs
+    return {kind: macs for kind, macs in counter.items() if macs}
+
+
+def fvcore_macs(network: nn.Module, input_size: tuple[int, int, int]) -> dict[str, int]:
+    return {kind: macs for kind, macs in count_macs(network, tuple(input_size)).items() if macs}
+
+
+def parameter_count(module: nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters())
+
+
+def hard_output(network: fx.GraphModule, small: fx.GraphModule, plan: Plan, x: torch.Tensor) -> torch.Tensor:
+    """The output of the hard network as training computes it: a resized skeleton on sliced shared weights."""
+    indices = kept_indices(plan)
+    resize(small, network, plan, indices)
+    return functional_call(small, slice_parameters(dict(network.named_parameters()), indices), (x,))
+
+

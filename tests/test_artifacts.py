@@ -1,0 +1,336 @@
+"""Artifacts: what is written comes back the same, and what is not ours is refused."""
+
+import copy
+import json
+import subprocess
+import sys
+import zipfile
+
+import numpy as np
+import pytest
+import timm
+import torch
+from torch import fx, nn
+
+from s2h_cli import artifacts
+from s2h_cli.errors import UserError
+from s2h_cli.graph import capture
+from s2h_cli.plan import Plan, Space
+from s2h_cli.rebuild import rebuild
+
+SIZE = (3, 32, 32)
+META = {"classes": ["cat", "dog"], "mean": [0.5]}
+
+
+def small_of(model: nn.Module, size=SIZE) -> fx.GraphModule:
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.02 * torch.randn_like(parameter))
+    network = capture(model, size).network
+    space = Space(network)
+    widths = np.maximum(space.least, (space.full * 0.5).astype(int))
+    return rebuild(network, Plan.from_widths(space, widths, np.random.default_rng(0).random(space.size)))
+
+
+class Tiny(nn.Module):
+    """A free batch, a buffer, a tensor operator with dtype, infinity and a layer inside a layer's name."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Conv2d(3, 32, 3, 2, 1)
+        self.norm = nn.GroupNorm(4, 32)
+        self.conv = nn.Conv2d(32, 32, 3, padding=1)
+        self.head = nn.Linear(32, 5)
+        self.register_buffer("shift", torch.randn(32, 1, 1))
+        self.head.bias.requires_grad_(False)
+
+    def forward(self, x):
+        x = torch.relu(self.norm(self.stem(x)))
+        x = self.conv(x + self.shift.to(torch.float32)).relu()
+        x = x.clamp(-float("inf"), float("inf"))[:, :, ::2]
+        return self.head(x.flatten(2).mean(-1))
+
+
+MODELS = {
+    "tiny": lambda: Tiny(),
+    "mobilenetv3": lambda: timm.create_model("mobilenetv3_small_050", num_classes=5),
+    "vit": lambda: timm.create_model("vit_tiny_patch16_224", num_classes=5, img_size=32, depth=2, drop_path_rate=0.1),
+    "convnext": lambda: timm.create_model("convnext_atto", num_classes=5, depths=(1, 1, 1, 1), drop_path_rate=0.1),
+}
+
+
+@pytest.fixture(scope="module")
+def smalls():
+    return {name: small_of(make()) for name, make in MODELS.items()}
+
+
+@pytest.fixture(scope="module")
+def tiny(smalls):
+    return smalls["tiny"]
+
+
+@pytest.fixture()
+def folder(tmp_path, tiny):
+    artifacts.save(tmp_path, tiny, {"ratio": 0.5})
+    return tmp_path
+
+
+def edit(folder, change):
+    plan = json.loads((folder / "plan.json").read_text())
+    change(plan["network"])
+    (folder / "plan.json").write_text(json.dumps(plan))
+
+
+def of(network_json, op):
+    return next(node for node in network_json["nodes"] if node["op"] == op)
+
+
+# -- the network as data ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_round_trip_is_bit_for_bit(smalls, name, tmp_path):
+    small = smalls[name]
+    artifacts.save(tmp_path, small, {})
+    loaded = artifacts.load(tmp_path)
+    x = torch.randn(3, *SIZE)
+    with torch.no_grad():
+        assert torch.equal(loaded(x), small(x))
+    assert artifacts.network_to_json(loaded) == artifacts.network_to_json(small)
+    assert list(loaded.state_dict()) == list(small.state_dict())
+    assert [p.requires_grad for p in loaded.parameters()] == [p.requires_grad for p in small.parameters()]
+    assert {k: str(v) for k, v in loaded.named_modules() if k} == {k: str(v) for k, v in small.named_modules() if k}
+    assert loaded.meta["input_size"] == list(SIZE) and loaded.meta["batch"] == small.meta["batch"]
+    assert not any(module.training for module in loaded.modules())
+    twin = copy.deepcopy(loaded).train()
+    assert str(twin) and twin(x).requires_grad
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["model.safetensors", "plan.json"]
+
+
+def test_values_survive_json():
+    graph = fx.Graph()
+    node = graph.placeholder("x")
+    values = [None, True, 1, 0.1, float("inf"), float("-inf"), "sum", node, (1, (node,)), [node, None], slice(None, node, 2),
+              torch.bfloat16, torch.strided, torch.channels_last, torch.device("cpu")]
+    text = json.dumps(artifacts._encode(values), allow_nan=False)
+    assert artifacts._decode(json.loads(text), {"x": node}) == values
+    assert np.isnan(artifacts._decode(artifacts._encode(float("nan")), {}))
+
+
+def test_tied_and_non_persistent_tensors(tmp_path, tiny):
+    small = copy.deepcopy(tiny)
+    small.conv.bias = small.stem.bias
+    small._non_persistent_buffers_set.add("shift")
+    artifacts.save(tmp_path, small, {})
+    loaded = artifacts.load(tmp_path)
+    assert loaded.conv.bias is loaded.stem.bias
+    assert "shift" not in loaded.state_dict() and torch.equal(loaded.shift, small.shift)
+
+
+def test_plan_keeps_its_keys_and_says_versions(folder):
+    plan = json.loads((folder / "plan.json").read_text())
+    assert plan["ratio"] == 0.5 and plan["versions"]["torch"] == torch.__version__ and plan["versions"]["timm"] == timm.__version__
+
+
+# -- what is refused --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("target", ["os.system", "operator.attrgetter", "torch.load", "builtins.eval", "torch.ops.load_library.x.y",
+                                    "torch.ops.aten.from_file.default", "torch.ops.aten.relu", "torch.ops.aten.__init__.__globals__"])
+def test_functions_off_the_list_are_refused(folder, target):
+    edit(folder, lambda n: of(n, "call_function").update(target=target))
+    with pytest.raises(UserError, match="does not know"):
+        artifacts.load(folder)
+
+
+@pytest.mark.parametrize("change", [
+    lambda n: n["modules"]["conv"].update({"class": "LSTM"}),
+    lambda n: n["modules"]["conv"].update({"class": "__init__"}),
+    lambda n: of(n, "call_function").update(op="call_method", target="__reduce__"),
+    lambda n: of(n, "call_module").update(target="conv.forward.__globals__.clear"),
+    lambda n: of(n, "get_attr").update(target="conv.forward.__globals__"),
+    lambda n: of(n, "placeholder").update(target="x=print('owned')"),
+    lambda n: of(n, "placeholder").update(name="x; print('owned')"),
+    lambda n: of(n, "call_function").update(kwargs={"a=print('owned'), b": 1}),
+    lambda n: of(n, "call_function").update(args=[{"torch": "load"}]),
+    lambda n: of(n, "call_function").update(args=[{"node": "nowhere"}]),
+    lambda n: of(n, "call_function").update(args=[{"exec": "print()"}]),
+    lambda n: n["modules"].update({'a"); print("owned': {"class": "Module"}}),
+    lambda n: n.update({"class": "X: pass\nprint('owned')"}),
+    lambda n: n.update(nodes=None),
+    lambda n: n.pop("meta"),
+    lambda n: n["tensors"].pop("conv.bias"),
+    lambda n: n["modules"]["conv"].update(out_channels=7),
+    lambda n: n["modules"]["head"].update(bias=False),
+    lambda n: n["tensors"]["conv.bias"].update(kind="buffer"),
+])
+def test_damaged_plan_is_a_user_error(folder, change, capsys):
+    edit(folder, change)
+    with pytest.raises(UserError) as caught:
+        artifacts.load(folder)
+    assert "\n" not in str(caught.value) and "owned" not in capsys.readouterr().out
+
+
+def test_missing_and_broken_files(folder, tmp_path, tiny):
+    with pytest.raises(UserError, match="no such folder"):
+        artifacts.load(tmp_path / "nowhere")
+    weights = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(weights[:100])
+    with pytest.raises(UserError, match="cannot be read"):
+        artifacts.load(folder)
+    artifacts.save(tmp_path / "other", small_of(MODELS["mobilenetv3"]()), {})
+    (folder / "model.safetensors").write_bytes((tmp_path / "other" / "model.safetensors").read_bytes())
+    with pytest.raises(UserError, match="does not match"):
+        artifacts.load(folder)
+    for text, message in (("{", "not JSON"), ("[]", "holds no network"), ('{"network": {}}', "does not describe")):
+        (folder / "plan.json").write_text(text)
+        with pytest.raises(UserError, match=message):
+            artifacts.load(folder)
+    (folder / "plan.json").unlink()
+    with pytest.raises(UserError, match=r"no plan\.json"):
+        artifacts.load(folder)
+
+
+def test_a_network_that_cannot_be_held_is_refused_when_saved(tmp_path, tiny):
+    small = copy.deepcopy(tiny)
+    small.conv = nn.ConvTranspose2d(32, 32, 3)
+    with pytest.raises(UserError, match="ConvTranspose2d"):
+        artifacts.save(tmp_path, small, {})
+    assert not list(tmp_path.iterdir())
+
+
+BLOCK = """
+import sys
+class Block:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in {blocked}: raise ImportError("blocked: " + name)
+sys.meta_path.insert(0, Block())
+import s2h_cli
+assert "torch" not in sys.modules
+import torch
+network = s2h_cli.load(sys.argv[1])
+print(network(torch.ones(1, 3, 32, 32)).tolist())
+"""
+
+
+@pytest.mark.parametrize("name, blocked", [("tiny", ("timm", "fvcore", "torchvision", "onnx", "onnxruntime")),
+                                           ("vit", ("timm", "fvcore"))])
+def test_loads_without_timm(smalls, tmp_path, name, blocked):
+    artifacts.save(tmp_path, smalls[name], {})
+    done = subprocess.run([sys.executable, "-c", BLOCK.format(blocked=blocked), str(tmp_path)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    with torch.no_grad():
+        expected = smalls[name](torch.ones(1, *SIZE))
+    torch.testing.assert_close(torch.tensor(json.loads(done.stdout)), expected)
+
+
+# -- formats ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["tiny", "vit"])
+def test_exports_run_at_any_batch_and_are_quiet(smalls, tmp_path, name, capfd):
+    small = smalls[name]
+    small.train()
+    artifacts.save(tmp_path, small, {})
+    before = {k: v.clone() for k, v in small.state_dict().items()}
+    for format in artifacts.EXPORTS:
+        file = artifacts.export(small, tmp_path, format, META)
+        assert file == tmp_path / artifacts.EXPORTS[format].file and artifacts.read_metadata(file) == META
+    assert small.training and all(torch.equal(before[k], v) for k, v in small.state_dict().items())
+    small.eval()
+    differences = artifacts.verify(small, tmp_path, SIZE)
+    assert set(differences) == {"model.safetensors", "model.ts", "model.onnx", "model.pt2"}
+    assert differences["model.safetensors"] == 0 and max(differences.values()) < 1e-5
+    assert sorted(p.name for p in tmp_path.iterdir()) == sorted([*differences, "plan.json"])
+    assert capfd.readouterr() == ("", "")
+    assert artifacts.run_artifact(tmp_path / "model.onnx")(torch.zeros(7, *SIZE)).shape == (7, 5)
+
+
+def test_onnx_names(tiny, tmp_path):
+    import onnx
+
+    model = onnx.load(str(artifacts.export(tiny, tmp_path / "net.onnx", "onnx")))
+    (images,), (logits,) = model.graph.input, model.graph.output
+    assert (images.name, logits.name) == ("images", "logits")
+    assert images.type.tensor_type.shape.dim[0].dim_param == logits.type.tensor_type.shape.dim[0].dim_param == "batch"
+    assert artifacts.read_metadata(tmp_path / "net.onnx") == {}
+
+
+def test_fixed_batch(tiny, tmp_path):
+    small = copy.deepcopy(tiny)
+    small.meta["batch"] = 3
+    artifacts.save(tmp_path, small, {})
+    for format in artifacts.EXPORTS:
+        artifacts.export(small, tmp_path, format)
+    assert len(artifacts.verify(small, tmp_path, SIZE)) == 4
+    with pytest.raises(Exception):
+        artifacts.run_artifact(tmp_path / "model.onnx")(torch.zeros(2, *SIZE))
+
+
+@pytest.mark.parametrize("format", artifacts.EXPORTS)
+def test_verify_names_a_wrong_artifact(tiny, tmp_path, format):
+    other = copy.deepcopy(tiny)
+    with torch.no_grad():
+        other.head.weight[0, 0] += 0.1
+    file = artifacts.export(other, tmp_path, format)
+    with pytest.raises(UserError, match=file.name):
+        artifacts.verify(tiny, tmp_path, SIZE)
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    with pytest.raises(UserError, match=file.name):
+        artifacts.verify(tiny, tmp_path, SIZE)
+
+
+def test_verify_sees_changed_weights_and_nan(folder, tiny):
+    other = copy.deepcopy(tiny)
+    with torch.no_grad():
+        other.head.bias[0] = float("nan")
+    with pytest.raises(UserError, match="model.safetensors"):
+        artifacts.verify(other, folder, SIZE)
+
+
+def test_failing_exporter_is_named_and_leaves_nothing(tiny, tmp_path, monkeypatch):
+    def fail(*args):
+        args[2].write_text("half")
+        raise RuntimeError("first\nsecond")
+
+    monkeypatch.setitem(artifacts.EXPORTS, "pt2", artifacts.EXPORTS["pt2"]._replace(write=fail))
+    with pytest.raises(UserError, match=r"export to pt2 failed: RuntimeError: first$"):
+        artifacts.export(tiny, tmp_path, "pt2")
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(UserError, match="choose from torchscript"):
+        artifacts.export(tiny, tmp_path, "caffe")
+
+
+def test_run_artifact_refuses(tmp_path):
+    for name, message in (("a.pth", "not an artifact"), ("a.onnx", "no such file")):
+        with pytest.raises(UserError, match=message):
+            artifacts.run_artifact(tmp_path / name)
+
+
+class Trap:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        import os
+
+        return os.mkdir, (self.path,)
+
+
+@pytest.mark.parametrize("where", ["sample_inputs/model.pt", "weights/weight_0"])
+def test_pickles_in_a_pt2_file_do_not_run(tiny, tmp_path, where):
+    file = artifacts.export(tiny, tmp_path, "pt2")
+    trap, evil = tmp_path / "sprung", tmp_path / "evil.pt2"
+    with zipfile.ZipFile(file) as source, zipfile.ZipFile(evil, "w") as target:
+        for entry in source.namelist():
+            content = source.read(entry)
+            if entry.endswith(where):
+                torch.save(Trap(str(trap)), tmp_path / "trap")
+                content = (tmp_path / "trap").read_bytes()
+            if "weights" in where:
+                content = content.replace(b'"use_pickle": false', b'"use_pickle": true')
+            target.writestr(entry, content)
+    with pytest.raises(UserError, match="evil.pt2"):
+        artifacts.run_artifact(evil)
+    assert not trap.exists()

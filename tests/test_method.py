@@ -1,0 +1,271 @@
+"""Where the gradients of S2HPruner go, term by term, in float64, against finite differences of each term's own formula."""
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.func import functional_call
+
+from s2h_cli.graph import capture
+from s2h_cli.masks import Masks, fit_budget, plan_of_ranks
+from s2h_cli.methods.s2h import S2H, divergence
+from s2h_cli.plan import Space
+
+ALPHA, BETA = 1.0, 20.0  # S2H's defaults
+CRITERION = nn.CrossEntropyLoss()
+
+
+class Small(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(3, 16, 3, padding=1), nn.BatchNorm2d(16)
+        self.conv2, self.bn2 = nn.Conv2d(16, 16, 3, padding=1), nn.BatchNorm2d(16)
+        self.conv3 = nn.Conv2d(16, 24, 3, stride=2)
+        self.fc = nn.Linear(24, 5)
+
+    def forward(self, x):
+        x = F.relu(self.bn1(self.conv1(x)))
+        x = x + F.relu(self.bn2(self.conv2(x)))
+        return self.fc(F.silu(self.conv3(x)).mean((2, 3)))
+
+
+@pytest.fixture
+def method():
+    torch.manual_seed(0)
+    captured = capture(Small(), (3, 8, 8)).network
+    method = S2H(captured.double(), Space(captured, divisor=2), target=0.4)
+    method.masks.double()
+    with torch.no_grad():  # widths somewhere in the middle, so that hard and soft differ
+        method.masks.u.normal_()
+    method.gates = method.gates.double()
+    method.start_step(0.1)
+    method.network.train()
+    method.hard.train()
+    return method
+
+
+@pytest.fixture
+def batch():
+    generator = torch.Generator().manual_seed(1)
+    return torch.randn(6, 3, 8, 8, generator=generator, dtype=torch.float64), torch.tensor([0, 1, 2, 3, 4, 0])
+
+
+def soft_logits(method, images, gates):
+    return functional_call(method.network, method.soft_parameters(gates), (images,))
+
+
+def hard_logits(method, images, gates=None):
+    return functional_call(method.hard, method.hard_parameters(gates), (images,))
+
+
+def numeric_gradient(function, u, step=1e-6):
+    """Central differences of a scalar function of the logits u."""
+    out = torch.zeros_like(u)
+    for i in range(u.numel()):
+        delta = torch.zeros_like(u).view(-1)
+        delta[i] = step
+        delta = delta.view_as(u)
+        out.view(-1)[i] = (function(u + delta) - function(u - delta)) / (2 * step)
+    return out
+
+
+def keep_probability(method, u):
+    """w from its formula: the sum of p_k over the widths n_k that are larger than the rank."""
+    out = torch.zeros(method.space.size, dtype=torch.float64)
+    for i, group in enumerate(method.space.groups):
+        p = u[i, : len(group.candidates)].softmax(0)
+        for atom in range(group.start, group.stop):
+            out[atom] = sum(pk for pk, n in zip(p, group.candidates) if n > method.ranks[atom])
+    return out
+
+
+def expected_widths(method, u):
+    return torch.stack([(u[i, : len(g.candidates)].softmax(0) * torch.tensor(g.candidates)).sum()
+                        for i, g in enumerate(method.space.groups)])
+
+
+def test_the_hard_network_is_smaller_than_the_soft_one(method):
+    assert (method.plan.widths < method.space.full).all()
+
+
+def test_keep_probability_is_a_ladder_whose_sum_is_the_expected_width(method):
+    w = method.masks.keep_probability(method.ranks)
+    torch.testing.assert_close(w, keep_probability(method, method.masks.u))
+    sums = [w[g.start:g.stop].sum() for g in method.space.groups]
+    torch.testing.assert_close(torch.stack(sums), method.masks.expected_widths())
+
+
+def test_the_task_loss_reaches_u_through_w(method, batch):
+    images, targets = batch
+    u = method.masks.u
+    (gradient,) = torch.autograd.grad(method.terms(images, targets, CRITERION)["task"], u)
+
+    def task(v):
+        return CRITERION(soft_logits(method, images, keep_probability(method, v)), targets)
+
+    torch.testing.assert_close(gradient, numeric_gradient(task, u.detach()), rtol=1e-5, atol=1e-8)
+
+
+def test_the_first_step_of_g_reaches_u_through_the_estimator(method, batch):
+    images, targets = batch
+    u = method.masks.u
+    soft = soft_logits(method, images, keep_probability(method, u)).detach()
+    w = keep_probability(method, u).detach()
+    (gradient,) = torch.autograd.grad(method.terms(images, targets, CRITERION)["hard"], u)
+
+    def gap(v):
+        estimator = 1 - w + keep_probability(method, v)  # m - w + w, on kept channels
+        parameters = method.hard_parameters()
+        for (name, dim), parts in method.read_parts.items():
+            kept = torch.from_numpy(method.plan.kept(method.space.params[name][dim]))
+            gates = torch.cat([estimator, torch.ones(1)])[parts].prod(1)[kept]
+            parameters[name] = parameters[name] * gates.view([-1 if d == dim else 1 for d in range(parameters[name].dim())])
+        return ALPHA * divergence(soft, functional_call(method.hard, parameters, (images,)))
+
+    assert gradient.abs().max() > 1e-6
+    torch.testing.assert_close(gradient, numeric_gradient(gap, u.detach()), rtol=1e-5, atol=1e-8)
+
+
+def test_the_second_step_of_g_reaches_u_through_w(method, batch):
+    images, targets = batch
+    u = method.masks.u
+    hard = hard_logits(method, images).detach()
+    (gradient,) = torch.autograd.grad(method.terms(images, targets, CRITERION)["mask"], u)
+
+    def gap(v):
+        return ALPHA * divergence(soft_logits(method, images, keep_probability(method, v)), hard)
+
+    torch.testing.assert_close(gradient, numeric_gradient(gap, u.detach()), rtol=1e-5, atol=1e-8)
+
+
+def test_the_budget_reaches_u_through_the_expected_widths(method, batch):
+    u = method.masks.u
+    (gradient,) = torch.autograd.grad(method.terms(*batch, CRITERION)["budget"], u)
+    hard = method.masks.hard_widths().detach()
+    expected = expected_widths(method, u).detach()
+
+    def budget(v):
+        macs = method.space.macs.differentiable(hard + expected_widths(method, v) - expected)
+        return BETA * (macs / method.space.full_macs - method.budget) ** 2
+
+    torch.testing.assert_close(gradient, numeric_gradient(budget, u.detach()), rtol=1e-5, atol=1e-8)
+
+
+def test_u_hears_all_four_terms_and_the_weights_hear_two(method, batch):
+    terms = method.terms(*batch, CRITERION)
+    u, weights = method.masks.u, list(method.weights.values())
+    of_u = sum(torch.autograd.grad(term, u, retain_graph=True)[0] for term in terms.values())
+    of_weights = torch.autograd.grad(terms["task"] + terms["hard"], weights)
+    method.backward(*batch, CRITERION)
+    torch.testing.assert_close(u.grad, of_u)
+    for weight, gradient in zip(weights, of_weights):
+        torch.testing.assert_close(weight.grad, gradient)
+
+
+def test_the_second_step_of_g_and_the_budget_give_the_weights_exactly_nothing(method, batch):
+    """With G and R made a thousand times as strong in their mask parts, the weights' gradients stay bit for bit the same."""
+    method.backward(*batch, CRITERION)
+    before = {name: weight.grad.clone() for name, weight in method.weights.items()}
+    for weight in method.weights.values():
+        weight.grad = None
+    terms = method.terms
+
+    def louder(*args):
+        return {name: term * 1000 if name in ("mask", "budget") else term for name, term in terms(*args).items()}
+
+    method.terms = louder
+    method.backward(*batch, CRITERION)
+    for name, weight in method.weights.items():
+        assert torch.equal(weight.grad, before[name]), name
+
+
+def test_the_hard_network_pulls_no_weight_that_only_the_soft_one_has(method, batch):
+    gradients = torch.autograd.grad(method.terms(*batch, CRITERION)["hard"], list(method.weights.values()))
+    for (name, weight), gradient in zip(method.weights.items(), gradients):
+        for dim, parts in enumerate(method.space.params[name]):
+            if parts is not None:
+                removed = ~torch.from_numpy(method.plan.kept(parts))
+                assert removed.any()
+                assert not gradient.index_select(dim, removed.nonzero().squeeze(1)).any(), name
+
+
+def test_the_first_step_of_g_sees_the_soft_network_as_a_constant(method, batch):
+    images, targets = batch
+    soft = soft_logits(method, images, method.masks.keep_probability(method.ranks)).detach()
+    alone = ALPHA * divergence(soft, hard_logits(method, images))
+    weights = list(method.weights.values())
+    expected = torch.autograd.grad(alone, weights)
+    for got, want in zip(torch.autograd.grad(method.terms(images, targets, CRITERION)["hard"], weights), expected):
+        torch.testing.assert_close(got, want)
+
+
+def test_the_widths_freeze_exactly_on_budget_and_stay(method, batch):
+    method.start_step(0.5)
+    plan = method.plan
+    assert plan.ratio <= method.target
+    for i, group in enumerate(method.space.groups):
+        larger = [n for n in group.candidates if n > plan.widths[i]]
+        if larger:
+            raised = plan.widths.copy()
+            raised[i] = larger[0]
+            assert method.space.ratio(raised) > method.target
+    gates = method.gates.clone()
+    method.backward(*batch, CRITERION)
+    method.finish_step()
+    method.start_step(0.9)
+    assert method.plan is plan and torch.equal(gates, method.gates) and method.masks.u.grad is None
+
+
+def test_a_new_mask_starts_less_than_a_step_below_full_width(method):
+    masks = Masks(method.space)
+    steps = torch.tensor([g.step for g in method.space.groups])
+    short = torch.from_numpy(method.space.full) - masks.expected_widths()
+    assert (short > 0).all() and (short < steps).all()
+    assert (masks.hard_widths() == torch.from_numpy(method.space.full)).all()
+
+
+def test_any_budget_is_met_exactly(method):
+    rng = np.random.default_rng(0)
+    space = method.space
+    for _ in range(50):
+        target = rng.uniform(space.min_ratio, 1.0)
+        value = [np.sort(rng.random(len(g.candidates)))[::-1] for g in space.groups]
+        widths = fit_budget(space, value, target)
+        assert space.ratio(widths) <= target
+        for i, group in enumerate(space.groups):
+            assert widths[i] in group.candidates
+            if widths[i] < group.size:
+                raised = widths.copy()
+                raised[i] = next(n for n in group.candidates if n > widths[i])
+                assert space.ratio(raised) > target
+        assert (plan_of_ranks(space, widths, method.ranks).widths == widths).all()
+
+
+def test_going_on_from_a_saved_state_is_going_on(method, batch):
+    """Saved before a step and loaded into a new method, the step gives the same weights and masks, bit for bit."""
+    state = torch.load(_saved(method), weights_only=True)
+    other = S2H(capture(Small(), (3, 8, 8)).network.double(), method.space, target=0.4)
+    other.masks.double()
+    other.gates = other.gates.double()
+    other.load_state_dict(state)
+    for m in (method, other):
+        m.network.train()
+        m.hard.train()
+        m.start_step(0.2)
+        m.backward(*batch, CRITERION)
+        m.finish_step()
+        m.start_step(0.3)
+    assert torch.equal(method.masks.u, other.masks.u)
+    assert np.array_equal(method.plan.keep, other.plan.keep)
+    for name, weight in method.weights.items():
+        assert torch.equal(weight.grad, other.weights[name].grad)
+
+
+def _saved(method):
+    import io
+
+    file = io.BytesIO()
+    torch.save(method.state_dict(), file)
+    file.seek(0)
+    return file

@@ -1,0 +1,183 @@
+"""Real architectures: the small network is the full one without the removed channels, and costs what the plan says."""
+
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+import timm
+import torch
+import torchvision
+from helpers import (captured, error_of_cutting, exact_groups, fvcore_macs, hard_output, images, parameter_count, planned_macs,
+                     random_plan)
+from torch import fx, nn
+
+from s2h_cli.plan import Plan, Space
+from s2h_cli.rebuild import rebuild, skeleton
+
+TIMM = {
+    "resnet18": {}, "resnet50": {}, "resnext50_32x4d": {}, "regnety_002": {}, "densenet121": {}, "mobilenetv3_small_050": {},
+    "efficientnet_b0": {}, "convnext_atto": {}, "res2net50_26w_4s": {}, "vit_tiny_patch16_224": {"img_size": 64},
+    "swin_tiny_patch4_window7_224": {"img_size": 56},
+}
+TORCHVISION = {
+    "resnet50": {}, "vgg11_bn": {}, "shufflenet_v2_x1_0": {}, "googlenet": {"init_weights": False},
+    "inception_v3": {"init_weights": False}, "vit_b_16": {"image_size": 32},
+}
+SIZES = {"inception_v3": 75, "vit_b_16": 32, "swin_tiny_patch4_window7_224": 56}
+NAMES = [*(f"timm/{name}" for name in TIMM), *(f"torchvision/{name}" for name in TORCHVISION)]
+
+
+class Case(NamedTuple):
+    model: nn.Module
+    network: fx.GraphModule
+    space: Space
+    exact: list[bool]
+    plan: Plan
+    other: Plan
+    small: fx.GraphModule
+
+
+@pytest.fixture(scope="module", params=NAMES)
+def case(request) -> Case:
+    library, name = request.param.split("/")
+    if library == "timm":
+        model = timm.create_model(name, num_classes=10, **TIMM[name])
+    else:
+        model = torchvision.models.get_model(name, weights=None, num_classes=10, **TORCHVISION[name])
+    size = SIZES.get(name, 64)
+    network = captured(model, (3, size, size)).network
+    space = Space(network)
+    plan = random_plan(space, 1)
+    return Case(model, network, space, exact_groups(network, space), plan, random_plan(space, 2), rebuild(network, plan))
+
+
+def test_graph_is_the_model(case):
+    x = images(case.network)
+    # With gradients on: without, torch.nn.MultiheadAttention takes a fused path of its own that rounds otherwise.
+    assert torch.equal(case.network(x), case.model.eval()(x))
+
+
+def test_cutting_is_zeroing_where_no_norm_is_cut(case):
+    plan = random_plan(case.space, 3, only=case.exact)
+    assert error_of_cutting(case.network, plan) < 1e-5
+
+
+def test_cutting_is_zeroing_with_masked_norms(case):
+    assert error_of_cutting(case.network, case.plan, masked=True) < 1e-5
+
+
+def test_macs_of_the_small_network(case):
+    assert planned_macs(case.space, case.plan.widths) == fvcore_macs(case.small, case.network.meta["input_size"])
+
+
+def test_macs_of_the_full_network(case):
+    assert planned_macs(case.space, case.space.full) == fvcore_macs(case.model, case.network.meta["input_size"])
+
+
+def test_layers_sum_to_the_total(case):
+    assert case.space.macs.by_row(case.plan.widths).sum() == case.space.macs.total(case.plan.widths)
+
+
+def test_parameters_of_the_small_network(case):
+    assert case.space.parameters.total(case.plan.widths) == parameter_count(case.small)
+
+
+def test_parameters_of_each_tensor(case):
+    sizes = {name: p.numel() for name, p in case.small.named_parameters()}
+    assert dict(zip(case.space.parameter_names, case.space.parameters.by_row(case.plan.widths).tolist())) == sizes
+
+
+def test_parameters_of_the_full_network(case):
+    assert case.space.parameters.total(case.space.full) == parameter_count(case.network)
+
+
+def test_hard_network_is_the_rebuilt_one(case):
+    x = images(case.network)
+    with torch.no_grad():
+        assert torch.equal(hard_output(case.network, skeleton(case.network), case.plan, x), case.small(x))
+
+
+def test_resizing_there_and_back(case):
+    x, small = images(case.network), skeleton(case.network)
+    with torch.no_grad():
+        other = hard_output(case.network, small, case.other, x)
+        assert torch.equal(hard_output(case.network, small, case.plan, x), case.small(x))
+        assert torch.equal(hard_output(case.network, small, case.other, x), other)
+
+
+def test_nothing_removed_changes_nothing(case):
+    x = images(case.network)
+    whole = Plan(case.space, np.ones(case.space.size, bool))
+    with torch.no_grad():
+        assert torch.equal(rebuild(case.network, whole)(x), case.network(x))
+
+
+def test_batch_of_one_agrees_with_a_batch_of_three(case):
+    x = images(case.network)
+    with torch.no_grad():
+        torch.testing.assert_close(case.small(x[:1]), case.small(x)[:1], rtol=1e-4, atol=1e-4)
+
+
+def test_training_gives_finite_gradients(case):
+    small = rebuild(case.network, case.plan).train()
+    small(images(case.network)).square().mean().backward()
+    assert [name for name, p in small.named_parameters() if p.grad is None or not p.grad.isfinite().all()] == []
+
+
+def test_every_operator_is_known(case):
+    assert case.space.unknown == {}
+
+
+def test_plan_survives_its_data(case):
+    assert (Plan.from_groups(case.space, case.plan.by_group()).keep == case.plan.keep).all()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What can be cut
+
+
+def space_of(model: nn.Module, size: int = 64) -> Space:
+    return Space(captured(model, (3, size, size)).network)
+
+
+@pytest.mark.parametrize("name", ["resnet18", "resnet50"])
+def test_residual_streams_are_groups(name):
+    space = space_of(timm.create_model(name, num_classes=10))
+    assert sum(len(group.layers) >= 3 for group in space.groups) == (4 if name == "resnet50" else 1)
+
+
+@pytest.fixture(scope="module")
+def vit() -> tuple[fx.GraphModule, Space]:
+    network = captured(timm.create_model("vit_tiny_patch16_224", num_classes=10, img_size=64), (3, 64, 64)).network
+    return network, Space(network)
+
+
+def test_vit_stream_mlp_and_heads(vit):
+    sizes = [group.size for group in vit[1].groups]
+    assert (sizes.count(192), sizes.count(768), sizes.count(3)) == (1, 12, 12)
+
+
+def test_vit_mlp_and_heads_are_exact(vit):
+    exact = exact_groups(*vit)
+    assert [group.size for group, e in zip(vit[1].groups, exact) if not e] == [192]
+
+
+def test_a_vit_head_stands_for_its_channels(vit):
+    assert {group.channels for group in vit[1].groups if group.size == 3} == {64}
+
+
+def test_swin_heads_and_mlps_are_exact():
+    network = captured(timm.create_model("swin_tiny_patch4_window7_224", num_classes=10, img_size=56), (3, 56, 56)).network
+    space = Space(network)
+    exact = {group.size for group, e in zip(space.groups, exact_groups(network, space)) if e}
+    assert exact >= {3, 6, 12, 24, 384, 768, 1536, 3072}
+
+
+def test_resnext_cuts_whole_groups():
+    space = space_of(timm.create_model("resnext50_32x4d", num_classes=10))
+    assert {group.channels for group in space.groups if group.size == 32} >= {4, 8, 16, 32}
+
+
+def test_all_but_the_output_of_resnet18_is_free():
+    space = space_of(timm.create_model("resnet18", num_classes=10))
+    assert [(frozen.layers, frozen.reason) for frozen in space.frozen] == [(("fc",), "the network's output")]
