@@ -17,7 +17,6 @@ import math
 import operator
 import os
 import re
-import tempfile
 import warnings
 import zipfile
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
@@ -27,11 +26,13 @@ from typing import Any, Callable, Iterator, NamedTuple
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
+from safetensors.torch import save as save_bytes
 from torch import fx, nn
 
 from . import __version__
 from .errors import UserError, why
+from .files import writing
 from .graph import BATCH, FUNCTIONS, resolve
 
 WEIGHTS, PLAN = "model.safetensors", "plan.json"
@@ -235,6 +236,7 @@ def network_from_json(data: dict, state_dict: dict[str, torch.Tensor]) -> fx.Gra
             nodes[entry["name"]] = _node_from_json(graph, entry, nodes, data)
         graph.lint()
         network = fx.GraphModule(root, graph, _identifier(data["class"]))
+        _set_tensors(network, data["tensors"], state_dict)  # again: older torch makes the root's buffers persistent
         network.meta.update(input_size=[int(n) for n in data["meta"]["input_size"]], batch=int(data["meta"]["batch"]))
     except UserError:
         raise
@@ -315,16 +317,6 @@ def _identifier(text: str) -> str:
 # The run folder
 
 
-@contextmanager
-def _atomic(folder: Path) -> Iterator[Path]:
-    """An empty folder inside `folder`; what is written into it moves to `folder` at the end, each file at once."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder, prefix=".writing-") as temporary:
-        yield Path(temporary)
-        for file in sorted(Path(temporary).iterdir()):
-            os.replace(file, folder / file.name)
-
-
 def save(folder: str | os.PathLike, small: fx.GraphModule, plan_json: dict) -> None:
     """Writes `model.safetensors` and `plan.json` (with the keys `network` and `versions` added) into a folder.
 
@@ -333,9 +325,9 @@ def save(folder: str | os.PathLike, small: fx.GraphModule, plan_json: dict) -> N
     """
     plan = {**plan_json, "network": network_to_json(small), "versions": _versions()}
     weights = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors(small).items()}
-    with _atomic(Path(folder)) as temporary:
-        (temporary / PLAN).write_text(json.dumps(plan, indent=1, allow_nan=False))
-        save_file(weights, temporary / WEIGHTS, {"format": "pt"})
+    with writing(Path(folder)) as aside:
+        (aside / PLAN).write_text(json.dumps(plan, indent=1, allow_nan=False))
+        (aside / WEIGHTS).write_bytes(save_bytes(weights, {"format": "pt"}))
 
 
 def _versions() -> dict[str, str | None]:
@@ -396,12 +388,30 @@ def load(path: str | os.PathLike) -> fx.GraphModule:
 
 
 def _write_torchscript(model: fx.GraphModule, images: torch.Tensor, file: Path, metadata: str) -> None:
+    _remember_sizes(model)
     traced = torch.jit.trace(model, images, check_trace=False)
     if _batch(model) is None:
         three = _images(model, 3)
-        if not _difference(traced(three), model(three)) <= TOLERANCE:
-            raise RuntimeError("the traced network depends on the batch size")
+        try:
+            free = _difference(traced(three), model(three)) <= TOLERANCE
+        except RuntimeError:  # its first line says nothing
+            free = False
+        if not free:
+            raise RuntimeError("tracing fixed the batch size")
     torch.jit.save(traced, str(file), _extra_files={METADATA: metadata})
+
+
+def _remember_sizes(model: fx.GraphModule) -> None:
+    """Tracing takes a size that is an argument of a `torch.ops` call for a constant; the plain function of that name does not."""
+    sizes: set[fx.Node] = set()
+    for node in model.graph.nodes:
+        inputs = set(node.all_input_nodes)
+        if (node.op, node.target) == ("call_method", "size") or (inputs and inputs <= sizes and node.target in _NAME_OF):
+            sizes.add(node)
+        elif inputs & sizes and isinstance(node.target, torch._ops.OpOverload):
+            name = node.target._opname
+            node.target = getattr(torch, name, None) or getattr(torch.Tensor, name, node.target)
+    model.recompile()
 
 
 def _write_onnx(model: fx.GraphModule, images: torch.Tensor, file: Path, metadata: str) -> None:
@@ -489,11 +499,12 @@ def export(small: fx.GraphModule, path: str | os.PathLike, format: str, metadata
     if file.is_dir() or not file.suffix:
         file = file / chosen.file
     model = _cpu_copy(small)
-    try:
-        with _atomic(file.parent) as temporary, _quiet(), torch.no_grad():
-            chosen.write(model, _images(model, _batch(model) or 2), temporary / file.name, json.dumps(metadata or {}))
-    except Exception as error:  # exporters raise whatever they like
-        raise UserError(f"export to {format} failed: {why(error)}") from error
+    with writing(file.parent) as aside:
+        try:
+            with _quiet(), torch.no_grad():
+                chosen.write(model, _images(model, _batch(model) or 2), aside / file.name, json.dumps(metadata or {}))
+        except Exception as error:  # exporters raise whatever they like
+            raise UserError(f"export to {format} failed: {why(error)}") from error
     return file
 
 

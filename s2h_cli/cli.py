@@ -7,7 +7,7 @@ import logging
 import sys
 import warnings
 from pathlib import Path
-from typing import Annotated, Any, Optional
+from typing import Annotated, NoReturn, Optional
 
 import typer
 
@@ -113,15 +113,25 @@ def evaluate(
     print(f"{artifact}  top-1 {accuracy:.2f} % of {images} images")
 
 
-def main(args: list[str] | None = None) -> Any:
+def main(args: list[str] | None = None) -> None:
     """Runs the command line; an error that a user can mend ends in one line and exit code 2."""
     warnings.filterwarnings("ignore")
     logging.disable(logging.WARNING)
+    args = (sys.argv[1:] if args is None else args) or ["--help"]
     try:
-        app(args=args)
+        code = app(args=args, standalone_mode=False)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
+        fail(str(error))
     except KeyboardInterrupt:
-        print("error: stopped before there was anything to keep; run the command again", file=sys.stderr)
-        raise SystemExit(2) from None
+        fail("stopped before there was anything to keep; run the command again")
+    except Exception as error:
+        if not hasattr(error, "format_message"):  # what typer finds wrong with the arguments
+            raise
+        command = f"s2h {args[0]}" if args[0] in ("prune", "inspect", "export", "eval") else "s2h"
+        fail(f"{error.format_message().rstrip('.')}; see {command} --help")
+    raise SystemExit(code or 0)
+
+
+def fail(message: str) -> NoReturn:
+    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    raise SystemExit(2) from None

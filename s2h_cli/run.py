@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import math
 import shlex
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from rich.console import Console
 
 from . import artifacts, data
 from .errors import UserError, why
+from .files import writing
 from .graph import capture
 from .masks import check_reachable
 from .methods import METHODS
@@ -48,7 +49,7 @@ class Config:
     sched: str = "cosine"
     img_size: int | None = None
     divisor: int = 8
-    exclude: tuple[str, ...] = ()
+    exclude: list[str] = field(default_factory=list)
     val_fraction: float = 0.1
     skip_bad_images: bool = False
     seed: int = 0
@@ -59,15 +60,15 @@ class Config:
     def command(self, *extra: str) -> str:
         """The command line that asks for this run."""
         words = ["s2h", "prune", self.model]
-        for field in fields(self)[1:]:
-            value = getattr(self, field.name)
-            flag = "--" + field.name.replace("_", "-")
-            if value == field.default or value is None:
+        for option in fields(self)[1:]:
+            value = getattr(self, option.name)
+            flag = "--" + option.name.replace("_", "-")
+            if value == option.default or value is None:
                 continue
             if isinstance(value, bool):
                 words.append(flag if value else "--no-" + flag[2:])
             else:
-                for item in value if isinstance(value, (tuple, list)) else [value]:
+                for item in value if isinstance(value, list) else [value]:
                     words += [flag, f"{item:g}" if isinstance(item, float) else str(item)]
         return shlex.join([*words, *extra])
 
@@ -92,6 +93,7 @@ def prune(config: Config, console: Console, *, resume: bool = False, dry_run: bo
     if not 0 < config.flops < 1:
         raise UserError(f"--flops {config.flops:g} is no share of the MACs; give a number between 0 and 1, such as 0.35")
     device = pick_device(config.device)
+    loop.check_names(config.opt, config.sched)
     splits = data.open_splits(config.data, val_fraction=config.val_fraction, seed=config.seed, skip_bad_images=config.skip_bad_images)
     config.img_size = config.img_size or IMG_SIZE.get(config.data)
     seed_everything(config.seed, 0)
@@ -128,8 +130,8 @@ def prune(config: Config, console: Console, *, resume: bool = False, dry_run: bo
         return None
 
     if not resume:
-        with checkpoint.replacing(folder / "args.yaml") as path:
-            path.write_text(yaml.safe_dump({**asdict(config), "exclude": list(config.exclude)}, sort_keys=False))
+        with writing(folder) as aside:
+            (aside / "args.yaml").write_text(yaml.safe_dump(asdict(config), sort_keys=False))
     config.output = str(folder)
 
     def save(state: dict) -> None:
@@ -280,17 +282,17 @@ def resumed(config: Config, folder: Path) -> Config:
         saved = Config(**yaml.safe_load((folder / "args.yaml").read_text()))
     except (OSError, TypeError, yaml.YAMLError) as error:
         raise UserError(f"cannot resume: '{folder / 'args.yaml'}' cannot be read ({why(error)}); start a new run") from error
-    for field in ("model", "data", "flops"):
-        if getattr(saved, field) != getattr(config, field):
-            raise UserError(f"cannot resume: '{folder}' was started with {field} {getattr(saved, field)}, "
-                            f"not {getattr(config, field)}; ask for the same, or start a new run")
+    for name in ("model", "data", "flops"):
+        if getattr(saved, name) != getattr(config, name):
+            raise UserError(f"cannot resume: '{folder}' was started with {name} {getattr(saved, name)}, "
+                            f"not {getattr(config, name)}; ask for the same, or start a new run")
     return saved
 
 
 def write_summary(path: Path, rows: list[dict[str, Any]]) -> None:
     """Writes one row an epoch as CSV; terms that a phase of the training does not have stay empty."""
     columns = list(dict.fromkeys(name for row in rows for name in row))
-    with checkpoint.replacing(path) as temporary, open(temporary, "w", newline="") as file:
+    with writing(path.parent) as aside, open(aside / path.name, "w", newline="") as file:
         writer = csv.DictWriter(file, columns)
         writer.writeheader()
         writer.writerows({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()} for row in rows)

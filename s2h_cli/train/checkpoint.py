@@ -1,43 +1,27 @@
-"""Files that are whole or not there: each is written under a temporary name, then renamed."""
+"""Checkpoints: all that a run needs to go on, as tensors and plain data."""
 
 from __future__ import annotations
 
-import os
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Iterator
+from typing import Any
 
 import torch
 
 from ..errors import UserError, why
-
-
-@contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """Gives a temporary path beside `path`; what is there at the end replaces `path` in one step.
-
-    Raises:
-        UserError: the file cannot be written.
-    """
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        yield temporary
-        os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:  # torch.save reports a full disk as RuntimeError
-        raise UserError(f"cannot write '{path}' ({why(error)}); free some space or choose another folder with -o") from error
-    finally:
-        temporary.unlink(missing_ok=True)
+from ..files import writing
 
 
 def save(path: Path, state: dict[str, Any]) -> None:
-    """Writes a checkpoint of tensors and plain data.
+    """Writes a checkpoint; the one before stays until the new one is whole.
 
     Raises:
         UserError: the file cannot be written.
     """
-    with replacing(path) as temporary:
-        torch.save(state, temporary)
+    with writing(path.parent) as folder:
+        try:
+            torch.save(state, folder / path.name)
+        except RuntimeError as error:  # how torch.save reports a full disk
+            raise OSError(why(error)) from error
 
 
 def load(path: Path) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import math
 import random
 import time
@@ -10,7 +11,7 @@ from typing import Any, Callable, Protocol
 
 import numpy as np
 import torch
-from timm.optim import create_optimizer_v2
+from timm.optim import create_optimizer_v2, list_optimizers
 from timm.scheduler import create_scheduler_v2
 from torch import nn
 from torch.utils.data import DataLoader
@@ -18,6 +19,8 @@ from torch.utils.data import DataLoader
 from ..errors import UserError
 from .evaluate import restate, top1
 
+#: The schedules of timm that move step by step.
+SCHEDULES = ("cosine", "tanh", "poly", "step", "multistep")
 #: Images over which batch-norm statistics are re-estimated before an evaluation.
 RESTATE_IMAGES = 1024
 
@@ -106,6 +109,15 @@ def fit(method: Any, train: DataLoader, val: DataLoader, recipe: Recipe, watcher
         save({"method": method.state_dict(), "optimizer": optimizer.state_dict(), "rows": rows})
         watcher.epoch(row)
     return rows
+
+
+def check_names(opt: str, sched: str) -> None:
+    """Raises UserError for an optimizer or a schedule that timm does not have."""
+    if opt.lower() not in list_optimizers():
+        near = difflib.get_close_matches(opt.lower(), list_optimizers(), 3) or ["adamw", "sgd", "lamb"]
+        raise UserError(f"no optimizer {opt!r}; timm has {', '.join(near)} and others")
+    if sched not in SCHEDULES:
+        raise UserError(f"no schedule {sched!r}; choose from {', '.join(SCHEDULES)}")
 
 
 def try_step(method: Any, loader: DataLoader, device: torch.device) -> None:
