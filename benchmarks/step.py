@@ -1,0 +1,117 @@
+"""What a training step of S2H costs beside a plain one: time, paired in one run, and peak memory, each in a process of its own.
+
+    python benchmarks/step.py resnet50 --batch-size 8 --img-size 224
+
+Both steps are forward and backward of the same network on the same images; the hard network is at the target. The theory
+counts a plain step as 3 units (forward 1, backward 2), the soft network as 3, the mask-only backward as 2 (gates on weights),
+the hard network as 3 x ratio; after the freeze the mask-only backward goes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import resource
+import statistics
+import subprocess
+import sys
+import time
+
+import timm
+import torch
+from torch import nn
+
+from s2h_cli.graph import capture
+from s2h_cli.masks import fit_budget, plan_of_ranks
+from s2h_cli.methods.s2h import S2H
+from s2h_cli.plan import Space
+
+STEPS = {"plain": lambda ratio: 3.0, "moving": lambda ratio: 3 + 2 + 3 * ratio, "frozen": lambda ratio: 3 + 3 * ratio}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model")
+    parser.add_argument("--flops", type=float, nargs="+", default=[0.35, 0.15])
+    parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--img-size", type=int, default=224)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--repeat", type=int, default=5)
+    parser.add_argument("--memory-of", choices=STEPS, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+
+    started = time.perf_counter()
+    network = capture(timm.create_model(args.model), (3, args.img_size, args.img_size)).network.to(args.device)
+    captured = time.perf_counter()
+    space = Space(network)
+    labelled = time.perf_counter()
+    images = torch.randn(args.batch_size, 3, args.img_size, args.img_size, device=args.device)
+    targets = torch.randint(0, 1000, (args.batch_size,), device=args.device)
+    if args.memory_of:
+        step = steps(network, space, args.flops[0], images, targets)[args.memory_of]
+        step()
+        step()
+        print(peak_memory(args.device))
+        return
+
+    print(f"{args.model}, batch {args.batch_size}, {args.img_size} px, {args.device}, {torch.get_num_threads()} threads, "
+          f"torch {torch.__version__}")
+    print(f"capture {captured - started:.2f} s, labels and plan {labelled - captured:.2f} s, {len(space.groups)} groups")
+    for flops in args.flops:
+        run = steps(network, space, flops, images, targets)
+        times: dict[str, list[float]] = {name: [] for name in run}
+        for i in range(args.repeat + 1):
+            for name, step in run.items():
+                begin = time.perf_counter()
+                step()
+                if args.device != "cpu":
+                    torch.cuda.synchronize()
+                if i:  # the first round warms up
+                    times[name].append(time.perf_counter() - begin)
+        memory = {name: int(subprocess.check_output(
+            [sys.executable, __file__, args.model, "--flops", str(flops), "--batch-size", str(args.batch_size), "--img-size",
+             str(args.img_size), "--device", args.device, "--memory-of", name], text=True).split()[-1]) for name in run}
+        for name in run:
+            ratios = sorted(t / plain for t, plain in zip(times[name], times["plain"]))
+            print(f"flops {flops:g}  {name:6}  {statistics.median(times[name]) * 1e3:8.0f} ms  x{statistics.median(ratios):.2f} "
+                  f"(x{ratios[0]:.2f} to x{ratios[-1]:.2f}, theory x{STEPS[name](flops) / 3:.2f})  "
+                  f"peak {memory[name] / 1e6:.0f} MB x{memory[name] / memory['plain']:.2f}")
+
+
+def steps(network, space: Space, flops: float, images: torch.Tensor, targets: torch.Tensor) -> dict:
+    """The three kinds of step, as functions without arguments."""
+    criterion = nn.CrossEntropyLoss()
+    moving, frozen = S2H(network, space, flops), S2H(network, space, flops)
+    frozen.start_step(1.0)
+    moving.start_step(0.0)
+    for method in (moving, frozen):
+        method.network.train()
+        method.hard.train()
+
+    def plain() -> None:
+        network.zero_grad()
+        criterion(network(images), targets).backward()
+
+    def move() -> None:
+        network.zero_grad()
+        # What a step does when channels change their order: rank them, and cut the hard network anew.
+        moving.ranks = moving.importance.ranks()
+        moving.plan = None
+        widths = fit_budget(space, list(moving.masks.ladder().detach().cpu().numpy()), flops)
+        moving._follow(plan_of_ranks(space, widths, moving.ranks))
+        moving.backward(images, targets, criterion)
+        moving.finish_step()
+
+    def freeze() -> None:
+        network.zero_grad()
+        frozen.backward(images, targets, criterion)
+
+    return {"plain": plain, "moving": move, "frozen": freeze}
+
+
+def peak_memory(device: str) -> int:
+    """Bytes: of the process on a CPU, of the allocator on a GPU."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 if device == "cpu" else torch.cuda.max_memory_allocated()
+
+
+if __name__ == "__main__":
+    main()

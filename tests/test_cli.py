@@ -1,0 +1,292 @@
+"""The real entry point, on small models and images: what a run writes, and what a user's mistakes end in."""
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image
+
+import s2h_cli
+from s2h_cli import cli
+
+MODEL = """
+import torch
+from torch import nn
+
+class Net(nn.Module):
+    def __init__(self, num_classes):
+        super().__init__()
+        self.stem = nn.Conv2d(3, 16, 3, stride=2, padding=1)
+        self.body = nn.Sequential(nn.Conv2d(16, 32, 3, padding=1, bias=False), nn.BatchNorm2d(32), nn.ReLU(), nn.Dropout(0.1),
+                                  nn.Conv2d(32, 24, 3, padding=1), nn.SiLU(),
+                                  nn.Conv2d(24, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16))
+        self.head = nn.Linear(16, num_classes)
+
+    def forward(self, x):
+        x = self.stem(x)
+        return self.head((x + self.body(x)).relu().mean((2, 3)))
+
+def build(num_classes=10):
+    return Net(num_classes)
+
+def blank(num_classes=10):
+    return nn.Sequential(nn.Flatten(), nn.Linear(3 * 16 * 16, num_classes))
+
+def nothing():
+    return 42
+
+def naughty(num_classes=10):
+    net = Net(num_classes)
+    net.head.register_forward_hook(lambda module, x, y: y / torch.zeros(()))
+    return net
+"""
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    """A working folder with a model file and a data folder of two easy classes."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "net.py").write_text(MODEL)
+    rng = np.random.default_rng(0)
+    for split, count in (("train", 24), ("val", 8)):
+        for target, name in enumerate(("dark", "light")):
+            folder = tmp_path / "data" / split / name
+            folder.mkdir(parents=True)
+            for i in range(count):
+                pixels = rng.integers(0, 128, (16, 16, 3)) + 127 * target
+                Image.fromarray(pixels.astype(np.uint8)).save(folder / f"{i}.png")
+    return tmp_path
+
+
+PRUNE = ["prune", "net.py:build", "--data", "data", "--flops", "0.4", "--img-size", "16", "--workers", "0", "--batch-size", "16",
+         "--divisor", "2", "--device", "cpu"]
+
+
+def s2h(*args):
+    """Runs the command line in this process; returns its exit code."""
+    with pytest.raises(SystemExit) as end:
+        cli.main([str(a) for a in args])
+    return end.value.code
+
+
+def error_of(capsys, *args):
+    """The one line of a command that must fail with exit code 2."""
+    assert s2h(*args) == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1 and lines[0].startswith("error: "), lines
+    return lines[0]
+
+
+def test_a_run_writes_all_it_promises(here, capsys):
+    assert s2h(*PRUNE, "--epochs", "4") == 0
+    out = capsys.readouterr().out
+    run = here / "runs" / "net-f0.4"
+    assert sorted(p.name for p in run.iterdir()) == [
+        "args.yaml", "checkpoints", "model.onnx", "model.pt2", "model.safetensors", "model.ts", "plan.json", "summary.csv"]
+    assert [p.name for p in (run / "checkpoints").iterdir()] == ["last"]
+    rows = list(csv.DictReader((run / "summary.csv").open()))
+    assert [row["epoch"] for row in rows] == ["1", "2", "3", "4"]
+    assert float(rows[-1]["ratio"]) <= 0.4
+    assert yaml.safe_load((run / "args.yaml").read_text())["flops"] == 0.4
+    for word in ("soft", "hard", "exported", "MACs", "parameters", "model.onnx", "s2h inspect"):
+        assert word in out
+    network = s2h_cli.load(run)
+    assert network(torch.zeros(3, 3, 16, 16)).shape == (3, 2)
+    assert network.get_submodule("stem").weight.shape[0] < 16
+
+    capsys.readouterr()
+    for artifact in (run, run / "model.onnx", run / "model.ts", run / "model.pt2"):
+        assert s2h("eval", artifact, "--data", "data", "--workers", "0") == 0
+    shares = {line.split("top-1")[1] for line in capsys.readouterr().out.strip().splitlines()}
+    assert shares == {f" {float(rows[-1]['top1_hard']):.2f} % of 16 images"}
+
+    (run / "model.ts").unlink()
+    assert s2h("export", run, "--format", "torchscript") == 0
+    assert (run / "model.ts").exists()
+
+    assert s2h("inspect", run, "--json") == 0
+    facts = json.loads(capsys.readouterr().out.split("\n", 1)[1])
+    assert facts["macs"]["ratio"] == pytest.approx(float(rows[-1]["ratio"]), rel=1e-5) and facts["macs"]["target"] == 0.4
+
+
+def test_inspect_prints_exactly_the_promised_keys(here, capsys):
+    assert s2h("inspect", "net.py:build", "--img-size", "16", "--json") == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert list(facts) == ["model", "input_size", "macs", "params", "layers", "groups", "frozen"]
+    assert list(facts["macs"]) == ["full", "pruned", "ratio", "target", "min_ratio"]
+    assert list(facts["params"]) == ["full", "pruned", "ratio"]
+    assert {tuple(x) for x in facts["layers"]} == {("name", "kind", "in", "out", "macs")}
+    assert {tuple(x) for x in facts["groups"]} == {("name", "size", "kept", "layers")}
+    assert {tuple(x) for x in facts["frozen"]} == {("layers", "reason", "channels")}
+    assert facts["macs"]["full"] == facts["macs"]["pruned"] == sum(layer["macs"][1] for layer in facts["layers"])
+    assert facts["macs"]["target"] is None and facts["macs"]["ratio"] == 1
+    assert {"layers": ["head"], "reason": "the network's output", "channels": 10} in facts["frozen"]
+    stream = next(g for g in facts["groups"] if g["name"] == "stem")
+    assert stream["kept"] == stream["size"] == 16 and stream["layers"] == ["stem", "body.6"]
+
+
+def test_no_epochs_cuts_by_importance(here):
+    assert s2h(*PRUNE, "--epochs", "0", "-o", "out") == 0
+    assert json.loads((here / "out" / "plan.json").read_text())["macs"]["ratio"] <= 0.4
+    assert (here / "out" / "model.onnx").exists()
+
+
+def test_a_dry_run_writes_nothing(here, capsys):
+    before = sorted(here.rglob("*"))
+    assert s2h(*PRUNE, "--dry-run") == 0
+    assert "nothing was written" in capsys.readouterr().out
+    assert [p for p in sorted(here.rglob("*")) if "__pycache__" not in p.parts] == before
+
+
+def test_excluded_layers_stay_whole(here):
+    assert s2h(*PRUNE, "--flops", "0.7", "--epochs", "0", "-o", "out", "--exclude", "body.0") == 0
+    network = s2h_cli.load(here / "out")
+    assert network.get_submodule("body.0").weight.shape == (32, 16, 3, 3)
+    assert network.get_submodule("body.4").weight.shape[0] < 24
+
+
+def test_resumed_is_uninterrupted(here, monkeypatch):
+    """Stopped after two of four epochs and resumed, a run ends with the same files, bit for bit."""
+    from s2h_cli import run
+    from s2h_cli.train import checkpoint
+
+    assert s2h(*PRUNE, "--epochs", "4", "-o", "whole") == 0
+    real = checkpoint.save
+
+    def interrupted(path, state):
+        real(path, state)
+        if len(state["rows"]) == 2:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(run.checkpoint, "save", interrupted)
+    assert s2h(*PRUNE, "--epochs", "4", "-o", "parts") == 2
+    monkeypatch.setattr(run.checkpoint, "save", real)
+    assert s2h(*PRUNE, "--epochs", "4", "-o", "parts", "--resume") == 0
+    assert (here / "whole" / "model.safetensors").read_bytes() == (here / "parts" / "model.safetensors").read_bytes()
+    plans = [json.loads((here / name / "plan.json").read_text()) for name in ("whole", "parts")]
+    assert plans[0] == plans[1]
+    rows = [[{k: v for k, v in row.items() if k != "seconds"} for row in csv.DictReader((here / name / "summary.csv").open())]
+            for name in ("whole", "parts")]
+    assert rows[0] == rows[1]
+
+
+def test_interrupting_keeps_the_checkpoint_and_says_how_to_go_on(here):
+    command = [sys.executable, "-m", "s2h_cli", *PRUNE, "--epochs", "500", "-o", "out"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, env=dict(os.environ))
+    deadline = time.time() + 120
+    while not (here / "out" / "checkpoints" / "last").exists() and time.time() < deadline:
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 2
+    assert err.startswith("error: stopped") and "--resume" in err and len(err.strip().splitlines()) == 1
+    assert (here / "out" / "checkpoints" / "last").exists()
+    assert not list((here / "out").rglob(".writing"))
+
+
+@pytest.mark.parametrize("change, words", [
+    (["--flops", "1.5"], ["--flops 1.5", "between 0 and 1"]),
+    (["--flops", "0"], ["--flops 0", "between 0 and 1"]),
+    (["--flops", "0.001"], ["--flops 0.001", "smallest reachable"]),
+    (["--flops", "half"], ["--flops"]),
+    (["--data", "nowhere"], ["nowhere"]),
+    (["--opt", "adamm"], ["adamm", "adam"]),
+    (["--sched", "sawtooth"], ["sawtooth", "cosine"]),
+    (["--device", "cuda:99"], ["cuda:99", "cpu"]),
+    (["--device", "abacus"], ["abacus", "cpu"]),
+    (["--exclude", "tail*"], ["tail*", "inspect"]),
+    (["-o", "data"], ["'data' exists", "--resume"]),
+    (["-o", "net.py/out"], ["net.py"]),
+    (["--resume"], ["nothing to resume"]),
+    (["--resume", "-o", "data"], ["nothing to resume", "checkpoint"]),
+    (["--weights", "gone.pth"], ["gone.pth"]),
+    (["--lr", "1e30", "--epochs", "3", "-o", "nan"], ["epoch", "--lr"]),
+])
+def test_a_mistake_ends_in_one_line_and_nothing_half_written(here, capsys, change, words):
+    before = sorted(p for p in here.rglob("*"))
+    line = error_of(capsys, *PRUNE, *change)
+    for word in words:
+        assert word in line
+    left = [p for p in sorted(here.rglob("*")) if p not in before and "__pycache__" not in p.parts]
+    assert all(p.is_relative_to(here / "nan") for p in left)  # a run that had begun keeps its folder
+
+
+@pytest.mark.parametrize("model, words", [
+    ("net.py:missing", ["missing", "build"]),
+    ("net.py:nothing", ["nothing", "Module"]),
+    ("gone.py:build", ["gone.py"]),
+    ("resnet19", ["resnet18"]),
+    ("net.py:blank", ["no channel", "output"]),
+    ("net.py:naughty", ["nan"]),
+])
+def test_a_model_that_cannot_be_pruned_says_why(here, capsys, model, words):
+    line = error_of(capsys, "prune", model, *PRUNE[2:], "--no-pretrained", "--epochs", "2")
+    for word in words:
+        assert word in line
+
+
+def test_a_run_that_turns_nan_keeps_its_last_good_checkpoint(here, monkeypatch, capsys):
+    from s2h_cli.methods.s2h import S2H
+
+    terms, steps = S2H.terms, []
+
+    def poisoned(self, images, targets, criterion):
+        steps.append(1)
+        out = terms(self, images, targets, criterion)
+        return {**out, "task": out["task"] * (float("nan") if len(steps) == 8 else 1)}  # step 2 of epoch 3
+
+    monkeypatch.setattr(S2H, "terms", poisoned)
+    line = error_of(capsys, *PRUNE, "--epochs", "4", "-o", "out")
+    assert "epoch 3, step 2 of 3" in line
+    assert len(torch.load(here / "out" / "checkpoints" / "last", weights_only=True)["rows"]) == 2
+
+
+def test_another_run_is_not_resumed(here, capsys):
+    assert s2h(*PRUNE, "--epochs", "1", "-o", "out") == 0
+    line = error_of(capsys, *PRUNE, "--flops", "0.6", "-o", "out", "--resume")
+    assert "started with flops 0.4, not 0.6" in line
+
+
+def test_runs_are_numbered(here):
+    for _ in range(2):
+        assert s2h(*PRUNE, "--epochs", "0") == 0
+    assert sorted(p.name for p in (here / "runs").iterdir()) == ["net-f0.4", "net-f0.4-2"]
+
+
+def test_a_full_disk_keeps_the_last_checkpoint(here, monkeypatch, capsys):
+    from s2h_cli.train import checkpoint
+
+    real = torch.save
+
+    def full(state, path):
+        if len(state["rows"]) == 2:
+            raise OSError(28, "No space left on device")
+        real(state, path)
+
+    monkeypatch.setattr(checkpoint.torch, "save", full)
+    line = error_of(capsys, *PRUNE, "--epochs", "3", "-o", "out")
+    assert "No space left" in line
+    monkeypatch.setattr(checkpoint.torch, "save", real)
+    assert len(torch.load(here / "out" / "checkpoints" / "last", weights_only=True)["rows"]) == 1
+    assert not list((here / "out").rglob(".writing"))
+
+
+def test_foreign_classes_are_not_evaluated(here, capsys):
+    assert s2h(*PRUNE, "--epochs", "0", "-o", "out") == 0
+    for split in ("train", "val"):
+        (here / "data" / split / "dark").rename(here / "data" / split / "black")
+    assert "black" in error_of(capsys, "eval", "out", "--data", "data", "--workers", "0")
+
+
+@pytest.mark.parametrize("command", ["prune", "inspect", "export", "eval"])
+def test_help_ends_in_an_example(capsys, command):
+    assert s2h(command, "--help") == 0
+    assert f"Example: s2h {command}" in capsys.readouterr().out
