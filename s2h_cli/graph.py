@@ -167,7 +167,9 @@ def capture(model: nn.Module, input_size: tuple[int, int, int]) -> Captured:
     notes = []
     if static_batch:
         notes.append(f"torch.export insists on a fixed batch: exported artifacts take batches of {static_batch} only")
-    network = _Canonical(exported, model).build()
+    canonical = _Canonical(exported, model)
+    network = canonical.build()
+    notes += canonical.notes
     dropped = sorted({name.rsplit(".", 1)[0].split(".")[0] for name, _ in model.named_parameters()}
                      - {name.split(".")[0] for name, _ in network.named_parameters()})
     if dropped:
@@ -204,6 +206,7 @@ class _Canonical:
                         **dict(model.named_buffers(remove_duplicate=False)), **exported.constants}
         self.new: dict[fx.Node, fx.Node] = {}  # exported node -> canonical node
         self.params: dict[fx.Node, str] = {}  # exported placeholder -> dotted name
+        self.notes: list[str] = []
 
     def build(self) -> fx.GraphModule:
         signature = self.exported.graph_signature
@@ -326,6 +329,9 @@ class _Canonical:
         return self.graph.create_node("call_module", path, (self._value(x),))
 
     def _function(self, node: fx.Node, op: str, args: list) -> fx.Node:
+        if op == "batch_norm" and args[3] is not None:
+            self.notes.append(f"{self._layer_name(node, args)} is used more than once or in an unusual way: "
+                              "its batch-norm statistics stay as they are")
         if op == "sym_size":
             return self.graph.call_method("size", (self._value(args[0]), args[1]))
         if op in ("view", "reshape", "_unsafe_view", "unflatten", "flatten"):

@@ -170,8 +170,7 @@ def _components(n: int, a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 def _expand(parts: np.ndarray, root: np.ndarray, definition: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Parts as atoms: composites inside composites are written out. Also the rows that contain themselves."""
-    rows = np.where(parts >= 0, root[parts], FIXED)
-    flat = rows
+    rows = flat = _compact(np.where(parts >= 0, root[parts], FIXED))
     for _ in range(4):
         inner = np.where(flat >= 0, definition[flat], -1)
         if not (inner >= 0).any():

@@ -24,7 +24,7 @@ from .methods.oneshot import OneShot
 from .plan import Plan, Space
 from .report.facts import describe
 from .report.progress import TrainingDisplay
-from .source import Source, load_source
+from .source import Source, load_source, short_name
 from .train import checkpoint
 from .train.evaluate import top1
 from .train import loop
@@ -94,14 +94,15 @@ def prune(config: Config, console: Console, *, resume: bool = False, dry_run: bo
         raise UserError(f"--flops {config.flops:g} is no share of the MACs; give a number between 0 and 1, such as 0.35")
     device = pick_device(config.device)
     loop.check_names(config.opt, config.sched)
+    folder = pick_folder(config, resume)
+    state = checkpoint.load(folder / "checkpoints" / "last") if resume else None
+    config = resumed(config, folder) if resume else config
     splits = data.open_splits(config.data, val_fraction=config.val_fraction, seed=config.seed, skip_bad_images=config.skip_bad_images)
     config.img_size = config.img_size or IMG_SIZE.get(config.data)
     seed_everything(config.seed, 0)
-    source = load_source(config.model, num_classes=len(splits.class_names), pretrained=config.pretrained,
-                         weights=Path(config.weights) if config.weights else None, img_size=config.img_size)
-    folder = pick_folder(config, source.name, resume)
-    state = checkpoint.load(folder / "checkpoints" / "last") if resume else None
-    config = resumed(config, folder) if resume else config
+    fresh = not resume  # a resumed run has its weights in the checkpoint
+    source = load_source(config.model, num_classes=len(splits.class_names), pretrained=config.pretrained and fresh,
+                         weights=Path(config.weights) if config.weights and fresh else None, img_size=config.img_size)
     if config.epochs is None:
         config.epochs = EPOCHS.get(config.data, DEFAULT_EPOCHS)
     if config.lr is None:
@@ -162,16 +163,24 @@ def finish(config: Config, folder: Path, method: Any, source: Source, splits: da
     metadata = {**preprocessing, "classes": splits.class_names}
     with console.status("writing and checking artifacts"):
         artifacts.save(folder, small, {**facts, "kept_indices": method.plan.by_group(), "data": metadata})
-        for name in artifacts.EXPORTS:
-            artifacts.export(small, folder, name, metadata=metadata)
+        failed = []
+        for name in artifacts.EXPORTS:  # one format that fails must not cost the others
+            try:
+                artifacts.export(small, folder, name, metadata=metadata)
+            except UserError as error:
+                failed.append(str(error))
         differences = artifacts.verify(small, folder, source.input_size)
-        exported = top1(artifacts.run_artifact(folder / "model.onnx"), val, "cpu")
+        # Accuracy is measured on the format that shares least code with us, of those that were written.
+        checked = next((name for name in ("model.onnx", "model.ts", "model.pt2") if name in differences), "")
+        exported = top1(artifacts.run_artifact(folder / checked), val, "cpu")
     before = sum(t.numel() * t.element_size() for t in method.network.state_dict().values())
     bad = [name for split in (splits.train, splits.val) for name in data.bad_images(split)]
     if bad:
         console.print(f"note: {len(bad)} unreadable images were left out, the first is '{bad[0]}'", soft_wrap=True)
+    for error in failed:
+        console.print(f"note: {error}", soft_wrap=True)
     return {"folder": folder, "facts": facts, "differences": differences,
-            "top1": {"soft": row["top1_soft"], "hard": row["top1_hard"], "exported": exported},
+            "top1": {"soft": row["top1_soft"], "hard": row["top1_hard"], "exported": exported}, "checked": checked,
             "bytes": [before, (folder / "model.safetensors").stat().st_size]}
 
 
@@ -250,7 +259,7 @@ def pick_device(name: str) -> torch.device:
     return device
 
 
-def pick_folder(config: Config, name: str, resume: bool) -> Path:
+def pick_folder(config: Config, resume: bool) -> Path:
     """The run's folder: `-o`, or the next free `runs/NAME-fSHARE`; with `--resume` one that exists.
 
     Raises:
@@ -263,7 +272,7 @@ def pick_folder(config: Config, name: str, resume: bool) -> Path:
         if not resume and folder.exists():
             raise UserError(f"'{folder}' exists and is kept; add --resume to go on with it, or choose another folder with -o")
         return folder
-    stem = f"{name}-f{config.flops:g}"
+    stem = f"{short_name(config.model)}-f{config.flops:g}"
     taken = [path for i in range(1, 10_000) if (path := Path("runs") / (stem if i == 1 else f"{stem}-{i}")).exists()]
     if resume:
         if not taken:

@@ -141,7 +141,7 @@ def _from_timm(spec: str, num_classes: int | None, download: bool, img_size: int
         module = build(pretrained=False)
         if download:
             notes.append(f"timm has no weights for '{spec}': it starts from random weights")
-    source = _source(spec, spec, module, module.pretrained_cfg, img_size)
+    source = _source(spec, module, module.pretrained_cfg, img_size)
     source.pretrained = download and has_weights
     source.notes = notes
     return source
@@ -182,7 +182,7 @@ def _from_torchvision(spec: str, download: bool, img_size: int | None) -> Source
         "interpolation": preprocessing.interpolation.value,
         "crop_pct": size / preprocessing.resize_size[0],
     }
-    source = _source(spec, name, module, cfg, img_size)
+    source = _source(spec, module, cfg, img_size)
     source.pretrained = download
     return source
 
@@ -212,7 +212,7 @@ def _from_file(spec: str, num_classes: int | None, img_size: int | None) -> Sour
     if not isinstance(module, nn.Module):
         raise UserError(f"'{spec}' returned a {type(module).__name__}, not a torch.nn.Module; return the model")
     cfg = getattr(module, "pretrained_cfg", None) or getattr(module, "default_cfg", None) or {}
-    return _source(spec, path.stem, module, cfg, img_size)
+    return _source(spec, module, cfg, img_size)
 
 
 def _import_file(path: Path):
@@ -246,14 +246,21 @@ def _takes_num_classes(build: Callable) -> bool:
     return "num_classes" in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
 
 
-def _source(spec: str, name: str, module: nn.Module, cfg: dict, img_size: int | None) -> Source:
+def short_name(spec: str) -> str:
+    """The name of a MODEL string that is safe for a folder: ``torchvision:resnet18`` is ``resnet18``."""
+    file, extension, _ = spec.rpartition(".py")
+    name = Path(file).name if extension else spec.removeprefix(TORCHVISION).rpartition("/")[2]
+    return re.sub(r"[^\w.-]+", "_", name)
+
+
+def _source(spec: str, module: nn.Module, cfg: dict, img_size: int | None) -> Source:
     """Reads the preprocessing from a timm-style configuration (timm's defaults for what it lacks)."""
     data = resolve_data_config({}, pretrained_cfg=cfg, model=module)
     channels, *size = data["input_size"]
     if img_size is not None:
         size = [img_size, img_size]
     return Source(
-        name=re.sub(r"[^\w.-]+", "_", name),
+        name=short_name(spec),
         spec=spec,
         module=module,
         input_size=(channels, *size),

@@ -137,7 +137,8 @@ def test_plan_keeps_its_keys_and_says_versions(folder):
 
 
 @pytest.mark.parametrize("target", ["os.system", "operator.attrgetter", "torch.load", "builtins.eval", "torch.ops.load_library.x.y",
-                                    "torch.ops.aten.from_file.default", "torch.ops.aten.relu", "torch.ops.aten.__init__.__globals__"])
+                                    "torch.ops.aten.from_file.default", "torch.ops.aten.relu",
+                                    "torch.ops.aten.__init__.__globals__"])
 def test_functions_off_the_list_are_refused(folder, target):
     edit(folder, lambda n: of(n, "call_function").update(target=target))
     with pytest.raises(UserError, match="does not know"):
@@ -217,7 +218,8 @@ def test_loads_without_timm(smalls, tmp_path):
     names = ("tiny", "vit")
     for name in names:
         artifacts.save(tmp_path / name, smalls[name], {})
-    done = subprocess.run([sys.executable, "-c", BLOCKED, *(str(tmp_path / name) for name in names)], capture_output=True, text=True)
+    command = [sys.executable, "-c", BLOCKED, *(str(tmp_path / name) for name in names)]
+    done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     with torch.no_grad():
         for logits, name in zip(json.loads(done.stdout), names):

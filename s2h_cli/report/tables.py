@@ -91,7 +91,7 @@ def closing(result: dict[str, Any]) -> Table:
     table = _table("Result", "", ">before", ">after", "*")
     table.add_row("top-1 %, soft network", "", _percent(result["top1"]["soft"]), "")
     table.add_row("top-1 %, hard network", "", _percent(result["top1"]["hard"]), "")
-    table.add_row("top-1 %, exported", "", _percent(result["top1"]["exported"]), "model.onnx in onnxruntime")
+    table.add_row("top-1 %, exported", "", _percent(result["top1"]["exported"]), result["checked"])
     table.add_row("MACs", quantity(macs["full"]), quantity(macs["pruned"]), f"ratio {macs['ratio']:.4f}, target {macs['target']:g}")
     table.add_row("parameters", quantity(params["full"]), quantity(params["pruned"]), f"ratio {params['ratio']:.4f}")
     before, after = result["bytes"]
