@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections import Counter
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -87,7 +88,7 @@ class Space:
         self._solved = labelled.labels.solve()
         self._calls = list(_counted(network, labelled))
         self._group(labelled, divisor)
-        while self._irregular(labelled):
+        while self._freeze_irregular(labelled):
             self._group(labelled, divisor)
         if not self.groups:
             raise UserError("no channel of this model can be pruned: "
@@ -144,27 +145,31 @@ class Space:
                 np.add.at(signature, _live_atoms(solved, dim), _hash(key))
         atoms = np.flatnonzero(live)
         _, first, member = np.unique(signature[atoms], return_index=True, return_inverse=True)
-        order = np.argsort(first)  # groups in the order of the network
-        number = np.full(labelled.labels.count + 1, -1)
+        place = np.empty(len(first), int)
+        place[np.argsort(first)] = np.arange(len(first))  # groups in the order of the network
+        owner = np.full(labelled.labels.count, -1)
+        owner[atoms] = place[member]
+        layers: list[dict[str, None]] = [{} for _ in first]
+        for name, dim in labelled.writes:
+            for group in np.unique(owner[_live_atoms(solved, labelled.params[name].dims[dim])]).tolist():
+                layers[group][_layer_name(name)] = None
+
+        atoms = atoms[np.argsort(owner[atoms], kind="stable")]
+        self._number = np.full(labelled.labels.count + 1, len(atoms))  # FIXED, -1, finds the last entry: the padding
+        self._number[atoms] = np.arange(len(atoms))
+        self.size = len(atoms)
         self.groups: list[Group] = []
-        start = 0
-        names: dict[str, int] = {}
-        for signature_index in order.tolist():
-            mine = atoms[member == signature_index]
-            number[mine] = np.arange(start, start + len(mine))
-            layers = tuple(dict.fromkeys(
-                _layer_name(name) for name, dim in labelled.writes
-                if np.isin(_live_atoms(solved, labelled.params[name].dims[dim]), mine).any()))
-            step = max(1, divisor // int(channels[mine].min()))
-            while step > 1 and len(mine) < MIN_CANDIDATES * step:
-                step = max(1, step // 2)
-            names[layers[0]] = names.get(layers[0], 0) + 1
-            name = layers[0] if names[layers[0]] == 1 else f"{layers[0]}#{names[layers[0]]}"
-            self.groups.append(Group(name, start, start + len(mine), step, int(channels[mine].min()), layers))
-            start += len(mine)
-        self.size = start
-        number[number < 0] = start
-        self._number = number
+        sizes = np.bincount(owner[atoms], minlength=len(first)).tolist()
+        names = Counter()
+        for size, start, tied in zip(sizes, np.cumsum([0, *sizes]).tolist(), layers):
+            wide = int(channels[atoms[start:start + size]].min())
+            step = max(1, divisor // wide)
+            while step > 1 and size < MIN_CANDIDATES * step:
+                step //= 2
+            name = next(iter(tied))
+            names[name] += 1
+            name = name if names[name] == 1 else f"{name}#{names[name]}"
+            self.groups.append(Group(name, start, start + size, step, wide, tuple(tied)))
 
     def _parts(self, dim: Dim) -> np.ndarray | None:
         if dim is None:
@@ -172,31 +177,30 @@ class Space:
         parts = self._number[self._solved.atoms_of(dim)]
         return parts if (parts < self.size).any() else None
 
-    def _irregular(self, labelled: Labelled) -> bool:
-        """Freezes groups whose atoms combine in a pattern that widths alone do not describe; whether there were any."""
+    def _freeze_irregular(self, labelled: Labelled) -> bool:
+        """Freezes atoms that combine in a pattern that widths alone do not describe; whether there were any."""
         found = False
         for layer, products in self._calls:
-            for _, axes in products:
-                for _, dim in axes:
-                    parts = self._parts(dim)
-                    if parts is None or (parts.shape[1] > 1 and not self._regular(parts)):
-                        if parts is not None:
-                            labelled.labels.freeze(dim, f"cut in an irregular pattern in {layer.name}")
-                            found = True
+            for _, dim in (axis for _, axes in products for axis in axes):
+                parts = self._parts(dim)
+                if parts is not None and not self._regular(parts):
+                    labelled.labels.freeze(dim, f"cut in an irregular pattern in {layer.name}")
+                    found = True
         if found:
             self._solved = labelled.labels.solve()
         return found
 
     def _regular(self, parts: np.ndarray) -> bool:
-        rows = np.sort(parts, 1)
-        tuples, times = np.unique(rows, axis=0, return_counts=True)
-        owners = self._owner[tuples]
-        kinds, which = np.unique(owners, axis=0, return_inverse=True)
+        """Whether the axis holds every combination of its groups' atoms equally often."""
+        if parts.shape[1] == 1:  # single atoms: of one signature, so they occur equally often
+            return True
+        tuples, times = np.unique(np.sort(parts, 1), axis=0, return_counts=True)
+        kinds, which = np.unique(self._owner[tuples], axis=0, return_inverse=True)
         for i, kind in enumerate(kinds):
-            mine = which.reshape(-1) == i
-            sizes = [self.groups[g].size for g in kind if g < len(self.groups)]
-            if len(set(kind[kind < len(self.groups)].tolist())) != len(sizes) or mine.sum() != math.prod(sizes) \
-                    or len(set(times[mine].tolist())) > 1:
+            groups = kind[kind < len(self.groups)].tolist()
+            mine = times[which.reshape(-1) == i]
+            distinct = len(set(groups)) == len(groups)
+            if not distinct or len(mine) != math.prod(self.groups[g].size for g in groups) or len(set(mine.tolist())) > 1:
                 return False
         return True
 
@@ -208,7 +212,7 @@ class Space:
     def _count(self, network: fx.GraphModule, labelled: Labelled) -> None:
         cache: dict[int, Count] = {}
 
-        def product(constant: int, axes: list) -> tuple[float, list[Count]]:
+        def product(constant: float, axes: list) -> tuple[float, list[Count]]:
             fixed, counts = constant, []
             for size, dim in axes:
                 parts = self._parts(dim)
@@ -221,18 +225,14 @@ class Space:
             return fixed, counts
 
         batch = network.meta["batch"]
-        self.layers = [layer for layer, _ in self._calls]
-        rows = []
-        for _, products in self._calls:
-            row = [product(*p) for p in products]
-            rows.append([(constant / batch, counts) for constant, counts in row])
-        self.macs = CostModel.build(len(self.groups), rows)
+        self.macs = CostModel.build(len(self.groups), [
+            [product(constant / batch, axes) for constant, axes in products] for _, products in self._calls])
+        self.layers = [Layer(x.name, x.kind, self._channels(x.inputs), self._channels(x.outputs)) for x, _ in self._calls]
         names = dict(network.named_parameters()).keys()
         owned = {name: t for name, t in labelled.params.items() if name in names}
         self.parameters = CostModel.build(len(self.groups), [
             [product(1, list(zip(t.shape, t.dims)))] for t in owned.values()])
         self.parameter_names = list(owned)
-        self.layers = [Layer(x.name, x.kind, self._channels(x.inputs), self._channels(x.outputs)) for x in self.layers]
 
     def _channels(self, axis: tuple[int, Dim]) -> np.ndarray | int:
         parts = self._parts(axis[1])

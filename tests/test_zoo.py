@@ -1,5 +1,6 @@
 """Real architectures: the small network is the full one without the removed channels, and costs what the plan says."""
 
+import copy
 from typing import NamedTuple
 
 import numpy as np
@@ -93,16 +94,14 @@ def test_parameters_of_the_full_network(case):
 
 def test_hard_network_is_the_rebuilt_one(case):
     x = images(case.network)
-    with torch.no_grad():
-        assert torch.equal(hard_output(case.network, skeleton(case.network), case.plan, x), case.small(x))
+    assert torch.equal(hard_output(case.network, skeleton(case.network), case.plan, x), case.small(x))
 
 
 def test_resizing_there_and_back(case):
     x, small = images(case.network), skeleton(case.network)
-    with torch.no_grad():
-        other = hard_output(case.network, small, case.other, x)
-        assert torch.equal(hard_output(case.network, small, case.plan, x), case.small(x))
-        assert torch.equal(hard_output(case.network, small, case.other, x), other)
+    other = hard_output(case.network, small, case.other, x)
+    assert torch.equal(hard_output(case.network, small, case.plan, x), case.small(x))
+    assert torch.equal(hard_output(case.network, small, case.other, x), other)
 
 
 def test_nothing_removed_changes_nothing(case):
@@ -143,7 +142,7 @@ def space_of(model: nn.Module, size: int = 64) -> Space:
 @pytest.mark.parametrize("name", ["resnet18", "resnet50"])
 def test_residual_streams_are_groups(name):
     space = space_of(timm.create_model(name, num_classes=10))
-    assert sum(len(group.layers) >= 3 for group in space.groups) == (4 if name == "resnet50" else 1)
+    assert sum(len(group.layers) >= 3 for group in space.groups) == 4
 
 
 @pytest.fixture(scope="module")
@@ -162,8 +161,8 @@ def test_vit_mlp_and_heads_are_exact(vit):
     assert [group.size for group, e in zip(vit[1].groups, exact) if not e] == [192]
 
 
-def test_a_vit_head_stands_for_its_channels(vit):
-    assert {group.channels for group in vit[1].groups if group.size == 3} == {64}
+def test_a_vit_head_stands_for_its_query_key_and_value_channels(vit):
+    assert {group.channels for group in vit[1].groups if group.size == 3} == {3 * 64}
 
 
 def test_swin_heads_and_mlps_are_exact():
@@ -181,3 +180,15 @@ def test_resnext_cuts_whole_groups():
 def test_all_but_the_output_of_resnet18_is_free():
     space = space_of(timm.create_model("resnet18", num_classes=10))
     assert [(frozen.layers, frozen.reason) for frozen in space.frozen] == [(("fc",), "the network's output")]
+
+
+@pytest.mark.parametrize("name", ["resnet18", "densenet121", "shufflenet_v2_x1_0"])
+def test_training_mode_is_the_models(name):
+    """Batch statistics are used and moved as the original does."""
+    model = torchvision.models.get_model(name, weights=None, num_classes=10)
+    network = captured(model, (3, 64, 64)).network
+    model, network = copy.deepcopy(model).train(), copy.deepcopy(network).train()
+    x = images(network)
+    assert torch.equal(network(x), model(x))
+    moved = dict(model.named_buffers())
+    assert all(torch.equal(b, moved[n]) for n, b in network.named_buffers() if not n.endswith("num_batches_tracked"))
