@@ -51,18 +51,44 @@ def _attention(args: tuple, out: Tensor) -> list[Product]:
     return [(1, _axes(q) + _axes(k, -2, -1)), (1, _axes(out) + _axes(k, -2, -1))]
 
 
+def _einsum(args: tuple, out: Tensor) -> list[Product]:
+    return [(contracted(args[0], [t.shape for t in args[1]]), _axes(out))]
+
+
 def _batch_norm(args: tuple, out: Tensor) -> list[Product]:
-    return [(1 if args[1] is None else 2, _axes(out))]
+    affine, training = args[1] is not None, args[5]
+    return [(4 + affine if training else 1 + affine, _axes(out))]
 
 
 def _norm(args: tuple, out: Tensor) -> list[Product]:
     return [(4 if args[2] is None else 5, _axes(out))]
 
 
+def _instance_norm(args: tuple, out: Tensor) -> list[Product]:
+    return [(4 if args[1] is None else 5, _axes(out))]
+
+
+def _transposed_conv(args: tuple, out: Tensor) -> list[Product]:
+    return [(1, _axes(args[0]) + _axes(args[1], 1))]
+
+
+def contracted(equation: str, shapes: list[tuple[int, ...]]) -> int:
+    """Number of terms that each output of an einsum sums over."""
+    inputs, _, output = equation.replace(" ", "").partition("->")
+    sizes = {}
+    for letters, shape in zip(inputs.split(","), shapes):
+        left, dots, right = letters.partition("...")
+        sizes.update(zip(left, shape))
+        sizes.update(zip(right[::-1], shape[::-1]))
+    return math.prod(size for letter, size in sizes.items() if letter not in output)
+
+
 FORMULAS: dict[str, Callable[[tuple, Tensor], list[Product]]] = {
     "conv1d": _conv, "conv2d": _conv, "conv3d": _conv, "linear": _linear, "matmul": _matmul, "bmm": _matmul,
-    "scaled_dot_product_attention": _attention, "batch_norm": _batch_norm, "layer_norm": _norm, "group_norm": _norm,
+    **dict.fromkeys(("conv_transpose1d", "conv_transpose2d", "conv_transpose3d"), _transposed_conv),
+    "einsum": _einsum, "instance_norm": _instance_norm, "scaled_dot_product_attention": _attention, "batch_norm": _batch_norm, "layer_norm": _norm, "group_norm": _norm,
     "adaptive_avg_pool2d": lambda args, out: [(1, _axes(args[0]))],
+    "grid_sampler": lambda args, out: [(4, _axes(out))],
     "upsample_nearest2d": lambda args, out: [(1, _axes(out))],
     "upsample_bilinear2d": lambda args, out: [(4, _axes(out))],
 }
@@ -132,17 +158,29 @@ def _padded(rows: list[list[int]], padding: int) -> np.ndarray:
 def count_macs(network: nn.Module, input_size: tuple[int, int, int]) -> dict[str, int]:
     """fvcore's own count of a real network in eval mode, by operator, for one image of (C, H, W).
 
-    The sum over operators is `FlopCountAnalysis(network, x).total()` with one handle added, for attention.
+    The sum over operators is `FlopCountAnalysis(network, x).total()` with handles for what fvcore passes over or only
+    estimates: attention, convolutions padded by name ("same"), einsum, and products that broadcast.
     """
     parameter = next(network.parameters())
     analysis = FlopCountAnalysis(network.eval(), torch.zeros(1, *input_size, device=parameter.device, dtype=parameter.dtype))
-    analysis.set_op_handle("aten::scaled_dot_product_attention", _attention_handle)
+    analysis.set_op_handle(**{
+        "aten::scaled_dot_product_attention": _attention_handle,
+        "aten::_convolution_mode": lambda i, o: math.prod(_sizes(o[0])) * math.prod(_sizes(i[1])[1:]),
+        "aten::matmul": lambda i, o: math.prod(_sizes(o[0])) * _sizes(i[0])[-1],
+        "aten::einsum": lambda i, o: math.prod(_sizes(o[0])) * contracted(
+            i[0].toIValue(), [_sizes(value) for value in i[1].node().inputs()]),
+    })
     analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False).tracer_warnings("none")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return {name: int(macs) for name, macs in analysis.by_operator().items()}
 
 
+def _sizes(value: Any) -> list[int]:
+    """Shape of a traced value."""
+    return value.type().sizes()
+
+
 def _attention_handle(inputs: list[Any], outputs: list[Any]) -> int:
-    q, k, v = ([int(n) for n in value.type().sizes()] for value in inputs[:3])
+    q, k, v = map(_sizes, inputs[:3])
     return math.prod(q) * k[-2] + math.prod(q[:-1]) * k[-2] * v[-1]

@@ -148,6 +148,8 @@ FUNCTIONS: dict[str, str] = {
     "add": "operator.add", "sub": "operator.sub", "mul": "operator.mul", "div": "operator.truediv",
 }
 
+#: ATen operators that only give a tensor another shape: written as one `torch.reshape`.
+RESHAPES = ("view", "reshape", "_unsafe_view", "unflatten", "flatten", "squeeze", "unsqueeze", "reshape_as", "view_as")
 #: Nodes that only check shapes at run time; they go.
 _ASSERTIONS = ("_assert", "sym_constrain", "_assert_scalar", "_assert_async", "_assert_tensor_metadata")
 
@@ -243,6 +245,7 @@ class _Canonical:
             name = self.params[node]
             self._register(name)
             self.new[node] = self.graph.get_attr(name)
+            self.new[node].name = node.name  # exported names are unique, those that fx would choose might meet them
             self.new[node].meta.update(op="get_attr", args=(Param(name),), shape=_shape(node))
         return self.new[node]
 
@@ -334,7 +337,7 @@ class _Canonical:
                               "its batch-norm statistics stay as they are")
         if op == "sym_size":
             return self.graph.call_method("size", (self._value(args[0]), args[1]))
-        if op in ("view", "reshape", "_unsafe_view", "unflatten", "flatten"):
+        if op in RESHAPES:
             return self._reshape(node, op, args)
         if op in ("split", "chunk", "split_with_sizes"):
             dim = args[2] if len(args) > 2 else 0
@@ -358,7 +361,7 @@ class _Canonical:
         free = [i for i, size in enumerate(shape) if not isinstance(size, int)]
         sizes = [-1 if i in free else size for i, size in enumerate(shape)]
         if len(free) > 1:
-            given = args[1] if op not in ("flatten", "unflatten") else None
+            given = args[1] if op in ("view", "reshape", "_unsafe_view") else None
             if given is None:
                 return self.graph.call_function(node.target, fx.node.map_arg(node.args, self._value))
             sizes = [self._value(given[i]) if i in free and isinstance(given[i], fx.Node) else s for i, s in enumerate(sizes)]
@@ -393,7 +396,7 @@ def _is_identity(op: str, args: list, node: fx.Node) -> bool:
         return full and args[4] == 1
     if op == "pad":
         return not any(args[1])
-    return op in ("alias", "detach", "lift_fresh_copy", "detach_")
+    return op in ("alias", "lift_fresh_copy")
 
 
 def _is_plain(node: fx.Node, op: str, args: list) -> bool:

@@ -12,13 +12,14 @@ import math
 from collections import Counter
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Iterator
 
 import numpy as np
 from torch import fx
 
-from .cost import FORMULAS, CostModel, Count
+from .cost import FORMULAS, CostModel, Count, Product
 from .errors import UserError
-from .graph import BATCH
+from .graph import Param, Ref
 from .labels import Dim, Solved
 from .rules import Labelled, Tensor, propagate
 
@@ -137,12 +138,13 @@ class Space:
             live[atoms] = True
             seen, times = np.unique(atoms, return_counts=True)
             channels[seen] = np.minimum(channels[seen], times)
-        occurrences = [(f"{name}:{d}", dim) for name, t in labelled.params.items() for d, dim in enumerate(t.dims)]
-        occurrences += [(f"{layer.name}/{i}.{j}.{k}", dim) for i, (layer, products) in enumerate(self._calls)
-                        for j, (_, axes) in enumerate(products) for k, (_, dim) in enumerate(axes)]
-        for key, dim in occurrences:
-            with np.errstate(over="ignore"):
-                np.add.at(signature, _live_atoms(solved, dim), _hash(key))
+        occurrences = {id(dim): (f"{name}.{i}.{d}", dim) for name, ts in labelled.tensors.items()
+                       for i, t in enumerate(ts) for d, dim in enumerate(t.dims)}
+        occurrences |= {id(dim): (f"{name}:{d}", dim) for name, t in labelled.params.items() for d, dim in enumerate(t.dims)}
+        for key, dim in occurrences.values():
+            for k, column in enumerate(() if dim is None else solved.atoms_of(dim).T):
+                with np.errstate(over="ignore"):
+                    np.add.at(signature, column[column >= 0], _hash(f"{key}.{k}"))
         atoms = np.flatnonzero(live)
         _, first, member = np.unique(signature[atoms], return_index=True, return_inverse=True)
         place = np.empty(len(first), int)
@@ -224,9 +226,7 @@ class Space:
                     counts.append(cache[id(dim)])
             return fixed, counts
 
-        batch = network.meta["batch"]
-        self.macs = CostModel.build(len(self.groups), [
-            [product(constant / batch, axes) for constant, axes in products] for _, products in self._calls])
+        self.macs = CostModel.build(len(self.groups), [[product(*p) for p in products] for _, products in self._calls])
         self.layers = [Layer(x.name, x.kind, self._channels(x.inputs), self._channels(x.outputs)) for x, _ in self._calls]
         names = dict(network.named_parameters()).keys()
         owned = {name: t for name, t in labelled.params.items() if name in names}
@@ -309,22 +309,21 @@ class Plan:
         return cls(space, keep)
 
 
-def _counted(network: fx.GraphModule, labelled: Labelled):
-    """(layer, products) of every operator that `FORMULAS` counts."""
-    def value(a):
-        if hasattr(a, "name"):
-            return labelled.tensors[a.name][0] if a.name in labelled.tensors else labelled.params[a.name]
-        return a
-
+def _counted(network: fx.GraphModule, labelled: Labelled) -> Iterator[tuple[Layer, list[Product]]]:
+    """(layer, cost for one image) of every operator that `FORMULAS` counts."""
+    per_batch = set()  # nodes that depend on the images; the others are computed once, whatever the batch
     for node in network.graph.nodes:
+        if node.op == "placeholder" or any(source in per_batch for source in node.all_input_nodes):
+            per_batch.add(node)
         formula = FORMULAS.get(node.meta.get("op", ""))
         if formula is None or not isinstance(node.meta["shape"], tuple):
             continue
-        args = tuple(value(a) for a in node.meta["args"])
+        args = fx.node.map_aggregate(node.meta["args"], lambda a: labelled.tensor(a) if isinstance(a, (Ref, Param)) else a)
         out = labelled.tensors[node.name][0]
-        axis = 1 if node.meta["op"].startswith(("conv", "batch_norm", "group_norm", "adaptive", "upsample")) else -1
-        channel = [(t.shape[axis], t.dims[axis]) for t in (args[0], out)]
-        yield Layer(node.meta["layer"], node.meta["op"], *channel), formula(args, out)
+        axis = 1 if node.meta["op"].startswith(("conv", "batch_norm", "group_norm", "instance", "adaptive", "upsample")) else -1
+        channels = [(t.shape[axis], t.dims[axis]) if isinstance(t, Tensor) else (0, None) for t in (args[0], out)]
+        batch = network.meta["batch"] if node in per_batch else 1
+        yield Layer(node.meta["layer"], node.meta["op"], *channels), [(n / batch, axes) for n, axes in formula(args, out)]
 
 
 def _live_atoms(solved: Solved, dim: Dim) -> np.ndarray:

@@ -13,6 +13,7 @@ from typing import Any, Callable
 import torch
 from torch import fx, nn
 
+from .graph import RESHAPES
 from .plan import Plan
 
 Indices = dict[str, list[torch.Tensor | None]]
@@ -138,7 +139,7 @@ MODULES: dict[tuple[type, ...], Callable[[nn.Module, fx.Node, Sizes], None]] = {
 
 
 def _reshape_call(node: fx.Node, sizes: Sizes) -> dict[int, Any]:
-    if not isinstance(node.args[1], list):  # torch.flatten and the like: no sizes in the call
+    if node.target is not torch.reshape:  # the batch is in two axes: a call without sizes
         return {}
     return {1: [sizes.count(node, axis) if isinstance(s, int) and s != -1 else s for axis, s in enumerate(node.args[1])]}
 
@@ -151,7 +152,7 @@ def _slice_call(node: fx.Node, sizes: Sizes) -> dict[int, Any]:
     x, axis, *bounds = node.args
     if not sizes.is_cut(x, axis):
         return {}
-    return {2 + i: sizes.before(x, axis, bound) for i, bound in enumerate(bounds[:2])}
+    return {2 + i: sizes.before(x, axis, bound) for i, bound in enumerate(bounds[:2]) if bound is not None}
 
 
 def _layer_norm_call(node: fx.Node, sizes: Sizes) -> dict[int, Any]:
@@ -163,7 +164,7 @@ def _conv_call(node: fx.Node, sizes: Sizes) -> dict[int, Any]:
 
 
 CALLS: dict[str, Callable[[fx.Node, Sizes], dict[int, Any]]] = {
-    **dict.fromkeys(("view", "reshape", "_unsafe_view", "flatten", "unflatten"), _reshape_call),
+    **dict.fromkeys(RESHAPES, _reshape_call),
     **dict.fromkeys(("split", "chunk", "split_with_sizes"), _split_call),
     "slice": _slice_call,
     "layer_norm": _layer_norm_call,

@@ -54,6 +54,10 @@ class Labelled(NamedTuple):
     writes: list[tuple[str, int]]
     unknown: dict[str, list[str]]
 
+    def tensor(self, reference: Ref | Param) -> Tensor:
+        """The labelled tensor that an argument of a node stands for."""
+        return self.params[reference.name] if isinstance(reference, Param) else self.tensors[reference.name][0]
+
 
 def propagate(network: fx.GraphModule, exclude: tuple[str, ...] = (), prune_head_dim: bool = False) -> Labelled:
     """Walks the canonical graph once and records what each operator says about labels.
@@ -163,10 +167,10 @@ def like_first(call: Call) -> tuple[Dim, ...]:
 
 
 def spatial(call: Call) -> tuple[Dim, ...]:
-    """Pooling, resizing: dimensions that change size must be unlabelled, the others pass."""
+    """Pooling, resizing: the last d axes must be unlabelled, d being the operator's (`max_pool2d`: two); the others pass."""
     x = call.args[0]
-    return tuple(dim if before == after and i < 2 else _stay_whole(call, dim, f"{call.op} over channels")
-                 for i, (dim, before, after) in enumerate(zip(x.dims, x.shape, call.shape, strict=True)))
+    channels = len(x.shape) - int(call.op[-2])
+    return tuple(dim if i < channels else _stay_whole(call, dim, f"{call.op} over channels") for i, dim in enumerate(x.dims))
 
 
 def conv(call: Call) -> tuple[Dim, ...]:
@@ -178,7 +182,7 @@ def conv(call: Call) -> tuple[Dim, ...]:
     per_group = weight.shape[1]
     if groups == 1:
         call.labels.join(channels, columns, "input of a layer that cannot be cut")
-        _reads(call, 1)
+        _reads(call)
     elif groups >= per_group:  # whole groups are the unit (depthwise: groups of one channel)
         call.labels.freeze(columns, "inside one group of a grouped convolution")
         unit = _tie(call, channels, (groups, per_group), axis=1)
@@ -187,7 +191,7 @@ def conv(call: Call) -> tuple[Dim, ...]:
     else:  # few wide groups: position j is cut in each of them
         call.labels.join(_tie(call, channels, (groups, per_group), axis=0), columns, "input of a layer that cannot be cut")
         _tie(call, rows, (groups, -1), axis=0)
-        _reads(call, 1)
+        _reads(call)
     if bias is not None:
         call.labels.join(rows, bias.dims[0])
     return (x.dims[0], rows, *(None,) * (len(call.shape) - 2))
@@ -196,7 +200,7 @@ def conv(call: Call) -> tuple[Dim, ...]:
 def linear(call: Call) -> tuple[Dim, ...]:
     x, weight, bias = call.args
     call.labels.join(x.dims[-1], weight.dims[1], "input of a layer that cannot be cut")
-    _reads(call, 1)
+    _reads(call)
     if bias is not None:
         call.labels.join(weight.dims[0], bias.dims[0])
     return (*x.dims[:-1], weight.dims[0])
@@ -229,6 +233,10 @@ def attention(call: Call) -> tuple[Dim, ...]:
     for tokens in (q.dims[-2], k.dims[-2], v.dims[-2]):
         call.labels.freeze(tokens, "tokens of attention")
     heads = [Tensor(t.shape[:-2], t.dims[:-2]) for t in (q, k, v)]
+    if q.shape[:-2] != k.shape[:-2]:  # grouped queries: several heads of q share one of k
+        for dim in (d for t in heads for d in t.dims):
+            call.labels.freeze(dim, "heads of grouped-query attention")
+        return (*(None,) * (len(call.shape) - 1), v.dims[-1])
     if mask is not None:
         for tokens in mask.dims[-2:]:
             call.labels.freeze(tokens, "tokens of attention")
@@ -242,7 +250,9 @@ def batch_norm(call: Call) -> tuple[Dim, ...]:
     for tensor in affine:
         if tensor is not None:
             call.labels.join(x.dims[1], tensor.dims[0])
-    return x.dims
+    # Statistics of the batch are taken over all other axes.
+    return tuple(dim if i == 1 or not call.args[5] else _stay_whole(call, dim, "normalised over channels")
+                 for i, dim in enumerate(x.dims))
 
 
 def layer_norm(call: Call) -> tuple[Dim, ...]:
@@ -325,9 +335,9 @@ def expand(call: Call) -> tuple[Dim, ...]:
 
 def reduce(call: Call) -> tuple[Dim, ...]:
     """Mean, sum, max over dimensions: these must be unlabelled."""
-    x, axes = call.args[:2] if len(call.args) > 1 else (call.args[0], None)
-    axes = range(len(x.shape)) if axes is None or axes == [] else [axes] if isinstance(axes, int) else axes
-    axes = {axis % len(x.shape) for axis in axes}
+    x, axes = call.args[0], call.args[1] if len(call.args) > 1 else None
+    axes = [axes] if type(axes) is int else axes if isinstance(axes, (list, tuple)) else []  # mean(), var(unbiased), ...: all
+    axes = {axis % len(x.shape) for axis in axes or range(len(x.shape))}
     for axis in axes:
         call.labels.freeze(x.dims[axis], f"{call.op} over channels")
     keep = len(call.shape) == len(x.shape)
@@ -348,9 +358,10 @@ def roll(call: Call) -> tuple[Dim, ...]:
 
 
 def pad(call: Call) -> tuple[Dim, ...]:
-    x = call.args[0]
-    return tuple(dim if before == after else _stay_whole(call, dim, "padded channels")
-                 for dim, before, after in zip(x.dims, x.shape, call.shape, strict=True))
+    """Axes that are padded, or shifted by a negative pad, must be unlabelled. Pads come in pairs, the last axis first."""
+    x, pads = call.args[:2]
+    touched = {len(x.shape) - 1 - i // 2 for i, n in enumerate(pads) if n}
+    return tuple(_stay_whole(call, dim, "padded channels") if i in touched else dim for i, dim in enumerate(x.dims))
 
 
 def cat(call: Call) -> tuple[Dim, ...]:
@@ -378,7 +389,7 @@ def slice_(call: Call) -> tuple[Dim, ...]:
     x, axis, start, stop, step = call.args
     dims = list(x.dims)
     if dims[axis] is not None:
-        dims[axis] = dims[axis][slice(start, stop)] if step == 1 else _stay_whole(call, dims[axis], "strided slice of channels")
+        dims[axis] = dims[axis][start:stop] if step == 1 else _stay_whole(call, dims[axis], "strided slice of channels")
     return tuple(dims)
 
 
@@ -406,10 +417,12 @@ def index(call: Call) -> tuple[Dim, ...]:
 # Helpers of the rules
 
 
-def _reads(call: Call, position: int) -> None:
-    """Records that the weight at this argument contracts its dim 1 with a labelled dimension."""
-    if position in call.params:
-        call.reads.append((call.params[position], 1))
+def _reads(call: Call) -> None:
+    """Records that the weight contracts its dim 1 with a labelled dimension. A weight that is computed cannot take a gate."""
+    if 1 in call.params:
+        call.reads.append((call.params[1], 1))
+    else:
+        call.labels.freeze(call.args[1].dims[1], "read by a weight that is computed")
 
 
 def _tie(call: Call, dim: Dim, grid: tuple[int, int], axis: int) -> Dim:
@@ -431,7 +444,7 @@ def _without(items: tuple, axis: int) -> tuple:
     return items[:axis] + items[axis + 1:]
 
 
-_ELEMENTWISE = """abs add clamp clone contiguous copy div dropout drop_path elu erf exp feature_dropout floor gelu hardsigmoid hardswish
+_ELEMENTWISE = """abs add clamp clone contiguous copy detach div dropout drop_path elu erf exp feature_dropout floor gelu hardsigmoid hardswish
     hardtanh leaky_relu log log1p maximum minimum mish mul neg pow reciprocal relu relu6 rsqrt rsub sigmoid silu sin cos softplus
     sqrt square sub tanh to _to_copy type_as where masked_fill true_divide""".split()
 
@@ -442,7 +455,7 @@ RULES: dict[str, Callable[[Call], Any]] = {
     "matmul": head_product, "bmm": head_product,
     "scaled_dot_product_attention": attention,
     "batch_norm": batch_norm, "layer_norm": layer_norm, "group_norm": group_norm,
-    **dict.fromkeys(("view", "reshape", "_unsafe_view", "flatten", "unflatten", "squeeze", "unsqueeze"), reshape),
+    **dict.fromkeys(("view", "reshape", "_unsafe_view", "flatten", "unflatten", "squeeze", "unsqueeze", "reshape_as", "view_as"), reshape),
     "permute": permute, "transpose": transpose, "t": transpose, "expand": expand,
     **dict.fromkeys(("mean", "sum", "amax", "amin", "var", "std"), reduce),
     **dict.fromkeys(("softmax", "log_softmax", "cumsum"), along),

@@ -123,7 +123,7 @@ def error_of_cutting(network: fx.GraphModule, plan: Plan, masked: bool = False) 
 
 
 #: fvcore's names for the operators that it calls otherwise.
-KINDS = {"conv1d": "conv", "conv2d": "conv", "conv3d": "conv"}
+KINDS = {**dict.fromkeys(("conv_transpose1d", "conv_transpose2d", "conv_transpose3d"), "conv"), "conv1d": "conv", "conv2d": "conv", "conv3d": "conv"}
 
 
 def planned_macs(space: Space, widths: np.ndarray) -> dict[str, int]:
@@ -135,7 +135,10 @@ def planned_macs(space: Space, widths: np.ndarray) -> dict[str, int]:
 
 
 def fvcore_macs(network: nn.Module, input_size: tuple[int, int, int]) -> dict[str, int]:
-    return {kind: macs for kind, macs in count_macs(network, tuple(input_size)).items() if macs}
+    counter: Counter[str] = Counter()
+    for kind, macs in count_macs(network, tuple(input_size)).items():
+        counter["conv" if kind == "_convolution_mode" else kind] += macs
+    return {kind: macs for kind, macs in counter.items() if macs}
 
 
 def parameter_count(module: nn.Module) -> int:

@@ -180,7 +180,8 @@ middle("layer_used_twice", lambda n, x: n.b(F.relu(n.b(x))), free={16})
 middle("weights_as_matrix", lambda n, x: n.c(n.b(x)) * n.b.weight.abs().amax(), "amax over channels")
 middle("computed_weight", lambda n, x: F.conv2d(n.c(x), n.b.weight * n.g, n.b.bias), g=lambda: nn.Parameter(torch.ones(16, 1, 1, 1)))
 middle("transposed_weight", lambda n, x: F.conv2d(F.relu(n.b(x)), n.b.weight.transpose(0, 1)))
-middle("standardised_weight", lambda n, x: standardised(n, x * n.e(x.mean((2, 3), keepdim=True)).sigmoid()), e=lambda: conv(16, 16))
+middle("standardised_weight", lambda n, x: n.c(standardised(n, x * n.e(x.mean((2, 3), keepdim=True)).sigmoid())),
+       e=lambda: conv(16, 16))
 
 
 def twice(y):
