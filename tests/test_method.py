@@ -201,7 +201,7 @@ def test_the_first_step_of_g_sees_the_soft_network_as_a_constant(method, batch):
 
 
 def test_the_widths_freeze_exactly_on_budget_and_stay(method, batch):
-    method.start_step(0.5)
+    method.start_step(0.3)
     plan = method.plan
     assert plan.ratio <= method.target
     for i, group in enumerate(method.space.groups):

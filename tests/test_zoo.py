@@ -12,6 +12,7 @@ from helpers import (captured, error_of_cutting, exact_groups, fvcore_macs, hard
                      random_plan)
 from torch import fx, nn
 
+from s2h_cli import artifacts
 from s2h_cli.plan import Plan, Space
 from s2h_cli.rebuild import rebuild, skeleton
 
@@ -192,3 +193,17 @@ def test_training_mode_is_the_models(name):
     assert torch.equal(network(x), model(x))
     moved = dict(model.named_buffers())
     assert all(torch.equal(b, moved[n]) for n, b in network.named_buffers() if not n.endswith("num_batches_tracked"))
+
+
+def test_artifacts_are_the_small_network(case, tmp_path):
+    """Reloaded from disk bit for bit; TorchScript, ONNX and pt2 to 1e-5 relative, at batch sizes 1 and 5."""
+    artifacts.save(tmp_path, case.small, {})
+    reloaded = artifacts.load(tmp_path)
+    for batch in (1, 5):
+        x = images(case.network, batch)
+        assert torch.equal(reloaded(x), case.small(x))
+    for name in artifacts.EXPORTS:
+        artifacts.export(case.small, tmp_path, name)
+    differences = artifacts.verify(case.small, tmp_path, case.network.meta["input_size"])
+    assert set(differences) == {"model.safetensors", "model.ts", "model.onnx", "model.pt2"}
+    assert max(differences.values()) < 1e-5, differences

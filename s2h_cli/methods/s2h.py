@@ -9,7 +9,7 @@ With s, h the logits of soft and hard network, y the target, sg = stop gradient,
 
 m_hat = sg(m - w) + w has value 1 on every kept channel; dropped channels are not computed, so their share of its gradient is
 not either. The paper trains masks to the end; here the target is ramped over the first part of the schedule, the widths are
-frozen exactly on budget at half of it, and the rest trains both networks with the masks as they are (docs/how-it-works.md
+frozen exactly on budget soon after, and the rest trains both networks with the masks as they are (docs/how-it-works.md
 says what was measured).
 """
 
@@ -37,8 +37,8 @@ class Settings:
     beta: float = 20.0  #: weight of the budget term R
     temperature: float = 1.0  #: T of the width probabilities
     mask_lr: float = 0.05  #: learning rate of the width logits (Adam)
-    ramp: float = 1 / 3  #: share of the schedule over which the target falls from 1 to the budget
-    freeze: float = 0.5  #: share of the schedule after which widths stand still, exactly on budget
+    ramp: float = 0.2  #: share of the schedule over which the target falls from 1 to the budget
+    freeze: float = 0.3  #: share of the schedule after which widths stand still, exactly on budget
 
 
 class S2H:
