@@ -168,7 +168,7 @@ def capture(model: nn.Module, input_size: tuple[int, int, int]) -> Captured:
     exported, static_batch = _export(model, input_size)
     notes = []
     if static_batch:
-        notes.append(f"torch.export insists on a fixed batch: exported artifacts take batches of {static_batch} only")
+        notes.append(f"its graph takes batches of {static_batch} only: torch.export insists on a fixed batch")
     canonical = _Canonical(exported, model)
     network = canonical.build()
     notes += canonical.notes

@@ -108,6 +108,8 @@ def prune(config: Config, console: Console, *, resume: bool = False, dry_run: bo
     if config.lr is None:
         config.lr = (LR_PRETRAINED if source.pretrained else LR_SCRATCH) * math.sqrt(config.batch_size / 64)
     captured = capture(source.module, source.input_size)
+    if captured.static_batch:
+        raise UserError(f"{config.model} cannot be trained: {captured.notes[0]}; rewrite what fixes the batch in its forward")
     network = captured.network.to(device)
     space = Space(network, tuple(config.exclude), config.divisor)
     check_reachable(space, config.flops)
