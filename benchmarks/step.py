@@ -39,8 +39,9 @@ def main() -> None:
     parser.add_argument("--memory-of", choices=STEPS, help=argparse.SUPPRESS)
     args = parser.parse_args()
 
+    model = timm.create_model(args.model)
     started = time.perf_counter()
-    network = capture(timm.create_model(args.model), (3, args.img_size, args.img_size)).network.to(args.device)
+    network = capture(model, (3, args.img_size, args.img_size)).network.to(args.device)
     captured = time.perf_counter()
     space = Space(network)
     labelled = time.perf_counter()
@@ -98,12 +99,12 @@ def steps(network, space: Space, flops: float, images: torch.Tensor, targets: to
         moving.plan = None
         widths = fit_budget(space, list(moving.masks.ladder().detach().cpu().numpy()), flops)
         moving._follow(plan_of_ranks(space, widths, moving.ranks))
-        moving.backward(images, targets, criterion)
+        moving.backward(moving.terms(images, targets, criterion))
         moving.finish_step()
 
     def freeze() -> None:
         network.zero_grad()
-        frozen.backward(images, targets, criterion)
+        frozen.backward(frozen.terms(images, targets, criterion))
 
     return {"plain": plain, "moving": move, "frozen": freeze}
 

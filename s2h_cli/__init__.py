@@ -2,6 +2,9 @@
 
 __version__ = "0.1.0"
 
+#: How every figure of cost is counted.
+CONVENTION = "MACs as fvcore counts them: one multiply-add is one; whole network, one image"
+
 
 def load(path):
     """Loads the small network of a run folder, in eval mode; see `s2h_cli.artifacts.load`."""

@@ -11,13 +11,12 @@ from typing import Annotated, NoReturn, Optional
 
 import typer
 
+from . import CONVENTION
 from .errors import UserError
 
-CONVENTION = "MACs as fvcore counts them (one multiply-add is one; stem and classifier included)"
-
-app = typer.Typer(add_completion=False, no_args_is_help=True, rich_markup_mode="rich", pretty_exceptions_enable=False,
+app = typer.Typer(add_completion=False, no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False,
                   help="Compress your own vision model in one training run.\n\n"
-                       "Example: [bold]s2h prune resnet18 --data digits --flops 0.35 --no-pretrained[/bold]")
+                       "Example: s2h prune resnet18 --data digits --flops 0.35 --no-pretrained")
 
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="A timm name (resnet50), torchvision:resnet50, or your own "
                                       "path/to/file.py:build, a callable that returns an nn.Module.")]
@@ -38,7 +37,7 @@ def prune(
     lr: Annotated[Optional[float], typer.Option(help="Peak learning rate. [default: 0.001 from scratch, 0.0002 from trained weights, "
                                                 "times the root of batch size / 64]")] = None,
     opt: Annotated[str, typer.Option(help="Any optimizer of timm.")] = "adamw",
-    sched: Annotated[str, typer.Option(help="Any schedule of timm.")] = "cosine",
+    sched: Annotated[str, typer.Option(help="cosine, tanh, poly, step or multistep.")] = "cosine",
     img_size: Annotated[Optional[int], typer.Option(min=1, help="Side of the input in pixels. [default: the model's own; digits: 32]")] = None,
     divisor: Annotated[int, typer.Option(min=1, help="Widths are multiples of this many channels; less in narrow groups.")] = 8,
     exclude: Annotated[Optional[list[str]], typer.Option(metavar="GLOB", help="Leave layers of this name whole; repeatable.")] = None,
@@ -48,7 +47,7 @@ def prune(
     workers: Annotated[int, typer.Option(min=0, help="Processes that load images.")] = 4,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1; auto takes a GPU where there is one.")] = "auto",
     amp: Annotated[bool, typer.Option("--amp", help="Train in bfloat16 autocast.")] = False,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in the result folder.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in the result folder, with the settings it was started with.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Plan, check the budget, do one step, write nothing.")] = False,
 ) -> None:
     """Train MODEL on DATA and write a small dense network that costs the share --flops of its MACs."""
@@ -63,6 +62,8 @@ def prune(
     result = run.prune(config, console, resume=resume, dry_run=dry_run)
     if result:
         console.print(tables.closing(result))
+        if result["failed"]:
+            fail("; ".join(result["failed"]))
         console.print(f"Next:\n  s2h inspect {result['folder']}\n  s2h export {result['folder']} --format onnx", soft_wrap=True)
 
 
@@ -122,7 +123,7 @@ def main(args: list[str] | None = None) -> None:
         code = app(args=args, standalone_mode=False)
     except UserError as error:
         fail(str(error))
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, typer.Abort):
         fail("stopped before there was anything to keep; run the command again")
     except Exception as error:
         if not hasattr(error, "format_message"):  # what typer finds wrong with the arguments

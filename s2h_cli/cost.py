@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Callable, NamedTuple
 
 import numpy as np
@@ -25,9 +25,7 @@ from .rules import Tensor
 
 Axis = tuple[int, Dim]
 #: A product: a constant times the number of kept indices of each axis.
-Product = tuple[int, list[Axis]]
-
-CONVENTION = "MACs as fvcore counts them: one multiply-add is one; whole network, one image"
+Product = tuple[float, list[Axis]]
 
 
 def _axes(tensor: Tensor, start: int = 0, stop: int | None = None) -> list[Axis]:
@@ -116,6 +114,7 @@ class CostModel:
     term_owner: np.ndarray  # (terms,) into counts
     term_factors: np.ndarray  # (terms, m) into widths
     counts: int
+    _on_device: dict[torch.device, list[torch.Tensor]] = field(default_factory=dict)
 
     @classmethod
     def build(cls, groups: int, rows: list[list[tuple[float, list[Count]]]]) -> "CostModel":
@@ -140,14 +139,18 @@ class CostModel:
 
     def differentiable(self, widths: torch.Tensor) -> torch.Tensor:
         """Total cost, a float64 scalar, for real widths (groups,)."""
-        def tensor(a: np.ndarray) -> torch.Tensor:
-            return torch.as_tensor(a, device=widths.device)
+        owner, coefficients, factors, product_coefficients, product_factors = self._tensors(widths.device)
+        one = widths.new_ones(1, dtype=torch.float64)
+        terms = coefficients * torch.cat([widths.double(), one])[factors].prod(1)
+        counts = torch.cat([one.new_zeros(self.counts).index_add(0, owner, terms), one])
+        return (product_coefficients * counts[product_factors].prod(1)).sum()
 
-        wide = torch.cat([widths.double(), widths.new_ones(1, dtype=torch.float64)])
-        counts = wide.new_zeros(self.counts + 1).index_add(
-            0, tensor(self.term_owner), tensor(self.term_coefficients) * wide[tensor(self.term_factors)].prod(1))
-        counts = counts + torch.nn.functional.one_hot(tensor(np.array(self.counts)), self.counts + 1)
-        return (tensor(self.coefficients) * counts[tensor(self.factors)].prod(1)).sum()
+    def _tensors(self, device: torch.device) -> list[torch.Tensor]:
+        """The arrays as tensors, moved to a device once."""
+        if device not in self._on_device:
+            arrays = (self.term_owner, self.term_coefficients, self.term_factors, self.coefficients, self.factors)
+            self._on_device[device] = [torch.from_numpy(a).to(device) for a in arrays]
+        return self._on_device[device]
 
 
 def _padded(rows: list[list[int]], padding: int) -> np.ndarray:

@@ -473,6 +473,15 @@ def _tuple(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
 
 
+def to_device(network: fx.GraphModule, device: torch.device | str) -> fx.GraphModule:
+    """Moves a network, and the tensors that its graph makes on a device of its own (`arange`, `zeros`)."""
+    for node in network.graph.nodes:
+        if "device" in node.kwargs:
+            node.update_kwarg("device", torch.device(device))
+    network.recompile()
+    return network.to(device)
+
+
 def resolve(name: str) -> Callable:
     """The function behind a name of `FUNCTIONS`."""
     module, _, attribute = name.rpartition(".")

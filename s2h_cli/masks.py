@@ -51,13 +51,13 @@ class Masks(nn.Module):
 
     @property
     def probabilities(self) -> torch.Tensor:
-        """p, (groups, K); zero where a group has no such candidate."""
-        return (self.u / self.temperature).masked_fill(~self.valid, -math.inf).softmax(1)
+        """p, (groups, K) float64; zero where a group has no such candidate."""
+        return (self.u.double() / self.temperature).masked_fill(~self.valid, -math.inf).softmax(1)
 
     def ladder(self) -> torch.Tensor:
         """Probability that the width is at least candidate k, (groups, K): falls with k; 1 for the first."""
         p = self.probabilities
-        return p.flip(1).cumsum(1).flip(1).clamp(max=1.0)
+        return p.flip(1).cumsum(1).flip(1).clamp(max=1.0).to(self.u.dtype)
 
     def keep_probability(self, rank: torch.Tensor) -> torch.Tensor:
         """w of each atom, (atoms,), given its rank in its group, (atoms,) int64."""
@@ -65,13 +65,14 @@ class Masks(nn.Module):
 
     def expected_widths(self) -> torch.Tensor:
         """E, (groups,) float64."""
-        return (self.probabilities.double() * self.candidates).sum(1)
+        return (self.probabilities * self.candidates).sum(1)
 
     def hard_widths(self) -> torch.Tensor:
         """N, (groups,) float64: a candidate in value, E in gradient (straight-through)."""
         expected = self.expected_widths()
-        enough = self.valid & (self.candidates >= expected.detach()[:, None] - 1e-4)
-        widths = self.candidates.gather(1, enough.int().argmax(1, keepdim=True)).squeeze(1)
+        # The last candidate is enough whatever rounding made of E: the others count how many are not.
+        short = self.valid[:, 1:] & (self.candidates[:, :-1] < expected.detach()[:, None] - 1e-6)
+        widths = self.candidates.gather(1, short.sum(1, keepdim=True)).squeeze(1)
         return expected + (widths - expected).detach()
 
 

@@ -15,7 +15,7 @@ import numpy as np
 from torch import fx
 
 from .errors import UserError
-from .graph import Param, Ref
+from .graph import RESHAPES, Param, Ref
 from .labels import FIXED, Dim, Labels
 
 
@@ -59,7 +59,7 @@ class Labelled(NamedTuple):
         return self.params[reference.name] if isinstance(reference, Param) else self.tensors[reference.name][0]
 
 
-def propagate(network: fx.GraphModule, exclude: tuple[str, ...] = (), prune_head_dim: bool = False) -> Labelled:
+def propagate(network: fx.GraphModule, exclude: tuple[str, ...] = ()) -> Labelled:
     """Walks the canonical graph once and records what each operator says about labels.
 
     Args:
@@ -108,8 +108,6 @@ def propagate(network: fx.GraphModule, exclude: tuple[str, ...] = (), prune_head
             rule = RULES.get(call.op, no_rule)
             if rule is no_rule:
                 unknown.setdefault(call.op, []).append(node.name)
-            elif rule is head_product and prune_head_dim:
-                rule = contract
             dims = rule(call)
             results = dims if isinstance(dims, list) else [dims]
             tensors[node.name] = [Tensor(s, tuple(d)) for s, d in zip(outputs, results, strict=True)]
@@ -174,7 +172,7 @@ def spatial(call: Call) -> tuple[Dim, ...]:
 
 
 def conv(call: Call) -> tuple[Dim, ...]:
-    """Reads dim 1 of the weight, writes dim 0; grouped: see the module `labels` and the design notes in docs."""
+    """Reads dim 1 of the weight, writes dim 0."""
     x, weight, bias, *_, groups = call.args
     channels, rows, columns = x.dims[1], weight.dims[0], weight.dims[1]
     for dim in (*x.dims[2:], *weight.dims[2:]):
@@ -206,23 +204,16 @@ def linear(call: Call) -> tuple[Dim, ...]:
     return (*x.dims[:-1], weight.dims[0])
 
 
-def contract(call: Call) -> tuple[Dim, ...]:
-    """Matrix product: the contracted dimensions of both sides are joined, batch dimensions broadcast."""
-    a, b = call.args[:2]
-    if len(a.shape) < 2 or len(b.shape) < 2:
-        return no_rule(call)[0]
-    call.labels.join(a.dims[-1], b.dims[-2])
-    batch = elementwise(Call(call.op, (Tensor(a.shape[:-2], a.dims[:-2]), Tensor(b.shape[:-2], b.dims[:-2])), {},
-                             [call.shape[:-2]], call.labels, call.reads))
-    return (*batch, a.dims[-2], b.dims[-1])
-
-
-def head_product(call: Call) -> tuple[Dim, ...]:
-    """Product of two activations: their number of contracted channels sets the softmax scale, so it stays."""
+def product(call: Call) -> tuple[Dim, ...]:
+    """Matrix product of two activations: how many channels it contracts sets the softmax scale, so they stay."""
     a, b = call.args[:2]
     for dim in (a.dims[-1], b.dims[-2] if len(b.dims) > 1 else b.dims[-1]):
         call.labels.freeze(dim, "contracted between two activations (head dimension of q·k)")
-    return contract(call)
+    if len(a.shape) < 2 or len(b.shape) < 2:
+        return no_rule(call)[0]
+    batch = elementwise(Call(call.op, (Tensor(a.shape[:-2], a.dims[:-2]), Tensor(b.shape[:-2], b.dims[:-2])), {},
+                             [call.shape[:-2]], call.labels, call.reads))
+    return (*batch, a.dims[-2], b.dims[-1])
 
 
 def attention(call: Call) -> tuple[Dim, ...]:
@@ -452,10 +443,10 @@ RULES: dict[str, Callable[[Call], Any]] = {
     **dict.fromkeys(_ELEMENTWISE, elementwise),
     **dict.fromkeys(("conv1d", "conv2d", "conv3d"), conv),
     "linear": linear,
-    "matmul": head_product, "bmm": head_product,
+    "matmul": product, "bmm": product,
     "scaled_dot_product_attention": attention,
     "batch_norm": batch_norm, "layer_norm": layer_norm, "group_norm": group_norm,
-    **dict.fromkeys(("view", "reshape", "_unsafe_view", "flatten", "unflatten", "squeeze", "unsqueeze", "reshape_as", "view_as"), reshape),
+    **dict.fromkeys(RESHAPES, reshape),
     "permute": permute, "transpose": transpose, "t": transpose, "expand": expand,
     **dict.fromkeys(("mean", "sum", "amax", "amin", "var", "std"), reduce),
     **dict.fromkeys(("softmax", "log_softmax", "cumsum"), along),

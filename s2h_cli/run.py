@@ -1,4 +1,4 @@
-"""The job behind `s2h prune`: source -> graph -> space -> training -> artifacts. Reads top to bottom."""
+"""The jobs behind the commands. `prune`: source -> graph -> space -> training -> artifacts, top to bottom."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ import yaml
 from rich.console import Console
 
 from . import artifacts, data
+from .cost import count_macs
 from .errors import UserError, why
 from .files import writing
-from .graph import capture
+from .graph import capture, to_device
 from .masks import check_reachable
 from .methods import METHODS
-from .methods.oneshot import OneShot
 from .plan import Plan, Space
 from .report.facts import describe
 from .report.progress import TrainingDisplay
-from .source import Source, load_source, short_name
+from .source import load_source, short_name
 from .train import checkpoint
 from .train.evaluate import top1
 from .train import loop
@@ -33,13 +33,12 @@ from .train.loop import Recipe, first_batches, fit, seed_everything, try_step
 
 @dataclass
 class Config:
-    """What `s2h prune` was asked for: the content of `args.yaml`. None means: by model and data, see `resolve`."""
+    """What `s2h prune` was asked for: the content of `args.yaml`. None means: by model and data."""
 
     model: str
     data: str
     flops: float
     output: str | None = None
-    method: str = "s2h"
     pretrained: bool = True
     weights: str | None = None
     epochs: int | None = None
@@ -69,7 +68,7 @@ class Config:
                 words.append(flag if value else "--no-" + flag[2:])
             else:
                 for item in value if isinstance(value, list) else [value]:
-                    words += [flag, f"{item:g}" if isinstance(item, float) else str(item)]
+                    words += [flag, str(item)]
         return shlex.join([*words, *extra])
 
 
@@ -85,7 +84,7 @@ def prune(config: Config, console: Console, *, resume: bool = False, dry_run: bo
     """Compresses a model and writes the result; see `docs/commands.md` for what a run writes.
 
     Returns:
-        {folder, facts, top1, bytes, differences} for the closing table; None for a dry run.
+        What the closing table shows: {folder, facts, top1, bytes, differences, checked, failed}; None for a dry run.
 
     Raises:
         UserError: whatever the user can mend.
@@ -95,22 +94,25 @@ def prune(config: Config, console: Console, *, resume: bool = False, dry_run: bo
     device = pick_device(config.device)
     loop.check_names(config.opt, config.sched)
     folder = pick_folder(config, resume)
-    state = checkpoint.load(folder / "checkpoints" / "last") if resume else None
+    last = folder / "checkpoints" / "last"
     config = resumed(config, folder) if resume else config
+    state = checkpoint.load(last) if resume and last.exists() else None
     splits = data.open_splits(config.data, val_fraction=config.val_fraction, seed=config.seed, skip_bad_images=config.skip_bad_images)
     config.img_size = config.img_size or IMG_SIZE.get(config.data)
     seed_everything(config.seed, 0)
-    fresh = not resume  # a resumed run has its weights in the checkpoint
-    source = load_source(config.model, num_classes=len(splits.class_names), pretrained=config.pretrained and fresh,
-                         weights=Path(config.weights) if config.weights and fresh else None, img_size=config.img_size)
+    source = load_source(config.model, num_classes=len(splits.class_names), pretrained=config.pretrained,
+                         weights=Path(config.weights) if config.weights else None, img_size=config.img_size,
+                         fetch=state is None)
     if config.epochs is None:
         config.epochs = EPOCHS.get(config.data, DEFAULT_EPOCHS)
+    if config.lr is not None and config.lr <= 0:
+        raise UserError(f"--lr {config.lr:g} is no learning rate; give a positive number, such as 0.001")
     if config.lr is None:
         config.lr = (LR_PRETRAINED if source.pretrained else LR_SCRATCH) * math.sqrt(config.batch_size / 64)
     captured = capture(source.module, source.input_size)
     if captured.static_batch:
         raise UserError(f"{config.model} cannot be trained: {captured.notes[0]}; rewrite what fixes the batch in its forward")
-    network = captured.network.to(device)
+    network = to_device(captured.network, device)
     space = Space(network, tuple(config.exclude), config.divisor)
     check_reachable(space, config.flops)
     for note in [*source.notes, *splits.notes, *captured.notes]:
@@ -125,11 +127,12 @@ def prune(config: Config, console: Console, *, resume: bool = False, dry_run: bo
     loading = dict(**preprocessing, batch_size=config.batch_size, workers=config.workers, flip=splits.flip, seed=config.seed)
     train = data.make_loader(splits.train, train=True, **loading)
     val = data.make_loader(splits.val, train=False, **loading)
-    method = METHODS[config.method](network, space, config.flops) if config.epochs else OneShot(network, space, config.flops)
+    method = METHODS["s2h" if config.epochs else "oneshot"](network, space, config.flops)
     recipe = Recipe(config.epochs, config.lr, config.opt, config.sched, seed=config.seed, amp=config.amp)
     if dry_run:
-        try_step(method, train, device)
-        console.print(f"dry run: one step works, the budget can be met, nothing was written. To train:\n  {config.command()}", soft_wrap=True)
+        if config.epochs:
+            try_step(method, train, device, config.amp)
+        console.print(f"dry run: the budget can be met, a step works, nothing was written. To train:\n  {config.command()}", soft_wrap=True)
         return None
 
     if not resume:
@@ -149,19 +152,21 @@ def prune(config: Config, console: Console, *, resume: bool = False, dry_run: bo
         else:
             rows = [{"epoch": 0, "ratio": method.plan.ratio, **loop.evaluate(method, first_batches(train, device), val, device)}]
             write_summary(folder / "summary.csv", rows)
+        return finish(config, folder, method, splits, val, rows[-1], preprocessing, console)
     except KeyboardInterrupt:
-        kept = (folder / "checkpoints" / "last").exists()
-        again = config.command("--resume") if kept else config.command()
-        raise UserError(f"stopped; {'the last checkpoint is kept, go on with' if kept else 'no epoch was finished, start again with'}: "
-                        f"{again}") from None
-    return finish(config, folder, method, source, splits, val, rows[-1], space, preprocessing, console)
+        kept = "the last checkpoint is kept" if last.exists() else "no epoch was finished"
+        raise UserError(f"stopped; {kept}, go on with: {config.command('--resume')}") from None
 
 
-def finish(config: Config, folder: Path, method: Any, source: Source, splits: data.Splits, val: Any, row: dict[str, Any],
-           space: Space, preprocessing: dict, console: Console) -> dict[str, Any]:
+def finish(config: Config, folder: Path, method: Any, splits: data.Splits, val: Any, row: dict[str, Any], preprocessing: dict,
+           console: Console) -> dict[str, Any]:
     """Writes and verifies every artifact of a trained method."""
-    small = method.result().cpu().eval()
-    facts = describe(method.plan, config.model, source.input_size, config.flops)
+    small = to_device(method.result(), "cpu").eval()
+    input_size = preprocessing["input_size"]
+    facts = describe(method.plan, config.model, input_size, config.flops)
+    counted = sum(count_macs(small, input_size).values())
+    if counted != facts["macs"]["pruned"] or facts["macs"]["ratio"] > config.flops:
+        raise RuntimeError(f"the plan says {facts['macs']}, fvcore counts {counted}: please report this")
     metadata = {**preprocessing, "classes": splits.class_names}
     with console.status("writing and checking artifacts"):
         artifacts.save(folder, small, {**facts, "kept_indices": method.plan.by_group(), "data": metadata})
@@ -171,7 +176,7 @@ def finish(config: Config, folder: Path, method: Any, source: Source, splits: da
                 artifacts.export(small, folder, name, metadata=metadata)
             except UserError as error:
                 failed.append(str(error))
-        differences = artifacts.verify(small, folder, source.input_size)
+        differences = artifacts.verify(small, folder, input_size)
         # Accuracy is measured on the format that shares least code with us, of those that were written.
         checked = next((name for name in ("model.onnx", "model.ts", "model.pt2") if name in differences), "")
         exported = top1(artifacts.run_artifact(folder / checked), val, "cpu")
@@ -179,9 +184,7 @@ def finish(config: Config, folder: Path, method: Any, source: Source, splits: da
     bad = [name for split in (splits.train, splits.val) for name in data.bad_images(split)]
     if bad:
         console.print(f"note: {len(bad)} unreadable images were left out, the first is '{bad[0]}'", soft_wrap=True)
-    for error in failed:
-        console.print(f"note: {error}", soft_wrap=True)
-    return {"folder": folder, "facts": facts, "differences": differences,
+    return {"folder": folder, "facts": facts, "differences": differences, "failed": failed,
             "top1": {"soft": row["top1_soft"], "hard": row["top1_hard"], "exported": exported}, "checked": checked,
             "bytes": [before, (folder / "model.safetensors").stat().st_size]}
 
@@ -275,12 +278,13 @@ def pick_folder(config: Config, resume: bool) -> Path:
             raise UserError(f"'{folder}' exists and is kept; add --resume to go on with it, or choose another folder with -o")
         return folder
     stem = f"{short_name(config.model)}-f{config.flops:g}"
-    taken = [path for i in range(1, 10_000) if (path := Path("runs") / (stem if i == 1 else f"{stem}-{i}")).exists()]
-    if resume:
-        if not taken:
-            raise UserError(f"nothing to resume: no run 'runs/{stem}'; leave --resume away or name the run's folder with -o")
-        return taken[-1]
-    return Path("runs") / (f"{stem}-{len(taken) + 1}" if taken else stem)
+    numbered = [Path("runs") / (stem if i == 1 else f"{stem}-{i}") for i in range(1, 10_000)]
+    if not resume:
+        return next(path for path in numbered if not path.exists())
+    taken = [path for path in numbered if path.exists()]
+    if not taken:
+        raise UserError(f"nothing to resume: no run 'runs/{stem}'; leave --resume away or name the run's folder with -o")
+    return taken[-1]
 
 
 def resumed(config: Config, folder: Path) -> Config:
@@ -289,6 +293,8 @@ def resumed(config: Config, folder: Path) -> Config:
     Raises:
         UserError: another model, data set or budget was asked for, or `args.yaml` cannot be read.
     """
+    if not (folder / "args.yaml").is_file():
+        raise UserError(f"nothing to resume: no args.yaml in '{folder}'; leave --resume away or name the run's folder with -o")
     try:
         saved = Config(**yaml.safe_load((folder / "args.yaml").read_text()))
     except (OSError, TypeError, yaml.YAMLError) as error:

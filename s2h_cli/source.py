@@ -68,6 +68,7 @@ def load_source(
     pretrained: bool = True,
     weights: Path | None = None,
     img_size: int | None = None,
+    fetch: bool = True,
 ) -> Source:
     """Builds the model that a MODEL string names.
 
@@ -77,6 +78,7 @@ def load_source(
         pretrained: Download the weights that timm or torchvision has for the name, if any.
         weights: File with a state dict, used instead of the downloaded weights.
         img_size: Side of the square input image in pixels; None for the model's own size.
+        fetch: False builds the model as it is with these weights, without them: a checkpoint has its own.
 
     Returns:
         The model with its preprocessing.
@@ -85,12 +87,13 @@ def load_source(
         UserError: The model or the weights cannot be found, built, downloaded or fitted, or the
             model does not take images of the size.
     """
-    download = pretrained and weights is None
+    wanted = pretrained and weights is None
+    download = wanted and fetch
     own = re.search(r"\.py(:|$)", spec) is not None
     if own:
         source = _from_file(spec, num_classes, img_size)
     elif spec.startswith(TORCHVISION):
-        source = _from_torchvision(spec, download, img_size)
+        source = _from_torchvision(spec, wanted, download, img_size)
     else:
         source = _from_timm(spec, num_classes, download, img_size)
     source.module.cpu().float().eval()
@@ -100,7 +103,7 @@ def load_source(
         _replace_head(source, outputs, num_classes)
         if source.pretrained or (own and weights is None):
             source.notes.append(_new_head(outputs, num_classes))
-    if weights is not None:
+    if weights is not None and fetch:
         _load_weights(source, Path(weights), num_classes)
     return source
 
@@ -147,7 +150,7 @@ def _from_timm(spec: str, num_classes: int | None, download: bool, img_size: int
     return source
 
 
-def _from_torchvision(spec: str, download: bool, img_size: int | None) -> Source:
+def _from_torchvision(spec: str, wanted: bool, download: bool, img_size: int | None) -> Source:
     name = spec.removeprefix(TORCHVISION)
     if name not in _torchvision_names():
         raise _unknown_model(spec)
@@ -160,7 +163,8 @@ def _from_torchvision(spec: str, download: bool, img_size: int | None) -> Source
             return torchvision.models.get_model(name, weights=weights)
         options = {}
         if name in ("googlenet", "inception_v3"):
-            options["init_weights"] = True  # as by default, without the warning about it
+            # as by default, without the warning about it; published weights want their own normalisation in the graph
+            options.update(init_weights=True, transform_input=wanted)
         if name.startswith("vit_"):
             options["image_size"] = size if img_size is None else img_size
         try:

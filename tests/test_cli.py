@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -206,8 +207,10 @@ def test_interrupting_keeps_the_checkpoint_and_says_how_to_go_on(here):
     (["-o", "data"], ["'data' exists", "--resume"]),
     (["-o", "net.py/out"], ["net.py"]),
     (["--resume"], ["nothing to resume"]),
-    (["--resume", "-o", "data"], ["nothing to resume", "checkpoint"]),
+    (["--resume", "-o", "data"], ["nothing to resume", "args.yaml"]),
     (["--weights", "gone.pth"], ["gone.pth"]),
+    (["--lr", "-1"], ["--lr -1"]),
+    (["--opt", "adahessian"], ["adahessian", "adamw"]),
     (["--lr", "1e30", "--epochs", "3", "-o", "nan"], ["epoch", "--lr"]),
 ])
 def test_a_mistake_ends_in_one_line_and_nothing_half_written(here, capsys, change, words):
@@ -249,6 +252,46 @@ def test_a_run_that_turns_nan_keeps_its_last_good_checkpoint(here, monkeypatch, 
     assert len(torch.load(here / "out" / "checkpoints" / "last", weights_only=True)["rows"]) == 2
 
 
+def test_stopped_in_its_first_epoch_a_run_starts_over(here, monkeypatch, capsys):
+    from s2h_cli.methods.s2h import S2H
+
+    terms = S2H.terms
+
+    def interrupted(self, *args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(S2H, "terms", interrupted)
+    line = error_of(capsys, *PRUNE, "--epochs", "2", "-o", "out")
+    assert "no epoch was finished" in line and "--resume" in line
+    monkeypatch.setattr(S2H, "terms", terms)
+    assert s2h(*PRUNE, "--epochs", "2", "-o", "out", "--resume") == 0
+    assert len((here / "out" / "summary.csv").read_text().splitlines()) == 3
+
+
+def test_a_schedule_of_one_step_still_ends_on_budget(here):
+    assert s2h(*PRUNE, "--epochs", "1", "--batch-size", "64", "-o", "out") == 0
+    assert json.loads((here / "out" / "plan.json").read_text())["macs"]["ratio"] <= 0.4
+
+
+def test_a_truncated_image_is_named_or_left_out(here, capsys):
+    image = here / "data" / "train" / "dark" / "3.png"
+    image.write_bytes(image.read_bytes()[:100])
+    assert str(image.relative_to(here)) in error_of(capsys, *PRUNE, "--epochs", "1", "-o", "out")
+    assert s2h(*PRUNE, "--epochs", "1", "-o", "skipping", "--skip-bad-images") == 0
+    assert "1 unreadable images were left out" in capsys.readouterr().out
+
+
+def test_a_format_that_fails_does_not_cost_the_others(here, monkeypatch, capsys):
+    from s2h_cli import artifacts
+
+    def broken(*args):
+        raise RuntimeError("no such operator")
+
+    monkeypatch.setitem(artifacts.EXPORTS, "onnx", artifacts.EXPORTS["onnx"]._replace(write=broken))
+    assert "onnx failed: " in error_of(capsys, *PRUNE, "--epochs", "0", "-o", "out")
+    assert (here / "out" / "model.pt2").exists() and not (here / "out" / "model.onnx").exists()
+
+
 def test_another_run_is_not_resumed(here, capsys):
     assert s2h(*PRUNE, "--epochs", "1", "-o", "out") == 0
     line = error_of(capsys, *PRUNE, "--flops", "0.6", "-o", "out", "--resume")
@@ -258,6 +301,9 @@ def test_another_run_is_not_resumed(here, capsys):
 def test_runs_are_numbered(here):
     for _ in range(2):
         assert s2h(*PRUNE, "--epochs", "0") == 0
+    assert sorted(p.name for p in (here / "runs").iterdir()) == ["net-f0.4", "net-f0.4-2"]
+    shutil.rmtree(here / "runs" / "net-f0.4")
+    assert s2h(*PRUNE, "--epochs", "0") == 0
     assert sorted(p.name for p in (here / "runs").iterdir()) == ["net-f0.4", "net-f0.4-2"]
 
 

@@ -3,15 +3,19 @@
 The training loop knows nothing of a method. It uses:
 
     method = METHODS[name](network, space, target)     over a captured network; `network`'s parameters are what is trained
-    method.start_step(progress)                        before a batch; progress through the whole schedule, 0 to 1
-    method.backward(images, targets, criterion)        forward and backward of a batch; returns the terms of the loss
+    method.start_step(progress)                        before a batch, and at the end; progress through the schedule, 0 to 1
+    method.terms(images, targets, criterion)           {name: term of the loss} of a batch
+    method.backward(terms)                             accumulates their gradients
     method.finish_step()                               after the optimizer's step
     method.networks()                                  {name: module} to evaluate; "hard" is the small one
     method.plan                                        the plan that the hard network follows now
     method.result()                                    the small network with weights of its own
     method.state_dict(), method.load_state_dict(state) for checkpoints
+
+A method without training has `network`, `networks`, `plan` and `result` alone.
 """
 
+from .oneshot import OneShot
 from .s2h import S2H
 
-METHODS = {"s2h": S2H}
+METHODS = {"s2h": S2H, "oneshot": OneShot}

@@ -9,8 +9,8 @@ With s, h the logits of soft and hard network, y the target, sg = stop gradient,
 
 m_hat = sg(m - w) + w has value 1 on every kept channel; dropped channels are not computed, so their share of its gradient is
 not either. The paper trains masks to the end; here the target is ramped over the first part of the schedule, the widths are
-frozen exactly on budget soon after, and the rest trains both networks with the masks as they are (docs/how-it-works.md
-says what was measured).
+frozen exactly on budget soon after, and the rest trains both networks with the masks as they are (docs/results.md says
+what was measured).
 """
 
 from __future__ import annotations
@@ -76,14 +76,26 @@ class S2H:
             widths = self.masks.hard_widths().detach().cpu().numpy().astype(int)
             self._follow(plan_of_ranks(self.space, widths, self.ranks))
 
-    def backward(self, images: torch.Tensor, targets: torch.Tensor, criterion: Callable) -> dict[str, torch.Tensor]:
-        """Accumulates the gradients of one batch, and returns the terms of the loss.
+    def terms(self, images: torch.Tensor, targets: torch.Tensor, criterion: Callable) -> dict[str, torch.Tensor]:
+        """The terms of the loss of one batch: L ("task"), G step 1 ("hard"), before the freeze G step 2 ("mask") and R ("budget").
 
         Args:
             images: (N, C, H, W).
             targets: what `criterion` takes beside logits (N, classes).
         """
-        terms = self.terms(images, targets, criterion)
+        gates = self.gates if self.frozen else self.masks.keep_probability(self.ranks)
+        soft = functional_call(self.network, self.soft_parameters(gates), (images,))
+        hard = functional_call(self.hard, self.hard_parameters(None if self.frozen else gates), (images,))
+        alpha = self.settings.alpha
+        terms = {"task": criterion(soft, targets), "hard": alpha * divergence(soft.detach(), hard)}
+        if not self.frozen:
+            terms["mask"] = alpha * divergence(soft, hard.detach())
+            macs = self.space.macs.differentiable(self.masks.hard_widths())
+            terms["budget"] = self.settings.beta * (macs / self.space.full_macs - self.budget) ** 2
+        return terms
+
+    def backward(self, terms: dict[str, torch.Tensor]) -> None:
+        """Accumulates the gradients of the terms of one batch."""
         loss = terms["task"] + terms["hard"]
         if not self.frozen:
             # The second step of G must not reach the weights: its gradient is taken for u alone, then added.
@@ -92,7 +104,6 @@ class S2H:
         loss.backward()
         if not self.frozen:
             self.masks.u.grad += mask_grad
-        return {name: term.detach() for name, term in terms.items()}
 
     def finish_step(self) -> None:
         if not self.frozen:
@@ -126,19 +137,6 @@ class S2H:
             self.hard.get_buffer(name).copy_(buffer)
 
     # -- the method -----------------------------------------------------------------------------------------------
-
-    def terms(self, images: torch.Tensor, targets: torch.Tensor, criterion: Callable) -> dict[str, torch.Tensor]:
-        """L ("task"), G step 1 ("hard"), and before the freeze G step 2 ("mask") and R ("budget")."""
-        gates = self.gates if self.frozen else self.masks.keep_probability(self.ranks)
-        soft = functional_call(self.network, self.soft_parameters(gates), (images,))
-        hard = functional_call(self.hard, self.hard_parameters(None if self.frozen else gates), (images,))
-        alpha = self.settings.alpha
-        terms = {"task": criterion(soft, targets), "hard": alpha * divergence(soft.detach(), hard)}
-        if not self.frozen:
-            terms["mask"] = alpha * divergence(soft, hard.detach())
-            macs = self.space.macs.differentiable(self.masks.hard_widths())
-            terms["budget"] = self.settings.beta * (macs / self.space.full_macs - self.budget) ** 2
-        return terms
 
     def soft_parameters(self, gates: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
         """All weights; those that read prunable channels are gated along their input dimension."""

@@ -32,11 +32,11 @@ class TrainingDisplay:
 
     def step(self, epoch: int, step: int, facts: dict[str, float]) -> None:
         if self.live:
-            loss = sum(value for name, value in facts.items() if name not in ("ratio", "images_per_second"))
+            losses = " ".join(f"{name} {value:.2f}" for name, value in facts.items() if name not in ("ratio", "images_per_second"))
             self.live.update(
                 self.task, completed=epoch * self.steps + step + 1,
-                description=f"epoch {epoch + 1}/{self.epochs} step {step + 1}/{self.steps}",
-                facts=f"loss {loss:.3f} {self.accuracy} ratio {facts['ratio']:.3f}>{self.target:g} "
+                description=f"epoch {epoch + 1}/{self.epochs}\nstep {step + 1}/{self.steps}",
+                facts=f"loss {losses}\n{self.accuracy}  ratio {facts['ratio']:.3f} of {self.target:g}  "
                       f"{facts['images_per_second']:.0f} img/s")
 
     def epoch(self, row: dict[str, Any]) -> None:

@@ -8,7 +8,7 @@ from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
 
-from ..cost import CONVENTION
+from .. import CONVENTION
 
 BAR = 10
 
@@ -57,16 +57,20 @@ def _summary(facts: dict[str, Any], pruned: bool) -> Text:
 
 
 def _layers(facts: dict[str, Any], pruned: bool) -> Table:
-    layers = [x for x in facts["layers"] if "norm" not in x["kind"] and "pool" not in x["kind"]]
+    small = [x for x in facts["layers"] if "norm" in x["kind"] or "pool" in x["kind"]]
+    layers = [x for x in facts["layers"] if x not in small]
+    rest = {key: [sum(x[key][i] for x in small) for i in (0, 1)] for key in ("macs", "params")}
     if not pruned:
         table = _table("Layers", "*layer", "kind", ">in", ">out", ">MACs", ">params")
         for x in layers:
             table.add_row(x["name"], _kind(x["kind"]), str(x["in"][1]), str(x["out"][1]), quantity(x["macs"][1]),
                           quantity(x["params"][1]))
+        table.add_row(f"{len(small)} norm and pooling layers", "", "", "", quantity(rest["macs"][1]), quantity(rest["params"][1]))
         return table
     table = _table("Layers, by MACs saved", "*layer", ">in", ">out", "kept", ">MACs", ">params")
     for x in sorted(layers, key=lambda x: x["macs"][0] - x["macs"][1]):
         table.add_row(x["name"], _of(x["in"]), _of(x["out"]), bar(x["out"][0] / x["out"][1]), _change(x["macs"]), _change(x["params"]))
+    table.add_row(f"{len(small)} norm and pooling layers", "", "", "", _change(rest["macs"]), _change(rest["params"]))
     return table
 
 
@@ -125,7 +129,7 @@ def _kind(kind: str) -> str:
 
 def console(**options: Any) -> Console:
     """A console that keeps 80 columns when the output is no terminal."""
-    console = Console(highlight=False, **options)
+    console = Console(highlight=False, markup=False, **options)
     if not console.is_terminal:
         console.width = 80
     return console

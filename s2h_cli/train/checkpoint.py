@@ -28,10 +28,8 @@ def load(path: Path) -> dict[str, Any]:
     """Reads a checkpoint; nothing but tensors and plain data is accepted.
 
     Raises:
-        UserError: there is no such file, or it cannot be read.
+        UserError: it cannot be read.
     """
-    if not path.is_file():
-        raise UserError(f"nothing to resume: no checkpoint '{path}'; leave --resume away")
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged file raises whatever the unpickler meets

@@ -16,7 +16,7 @@ from timm.scheduler import create_scheduler_v2
 from torch import nn
 from torch.utils.data import DataLoader
 
-from ..errors import UserError
+from ..errors import UserError, why
 from .evaluate import restate, top1
 
 #: The schedules of timm that move step by step.
@@ -67,11 +67,13 @@ def fit(method: Any, train: DataLoader, val: DataLoader, recipe: Recipe, watcher
     scheduler, _ = create_scheduler_v2(optimizer, sched=recipe.sched, num_epochs=recipe.epochs, step_on_epochs=False,
                                        warmup_epochs=recipe.epochs // 20, warmup_lr=recipe.lr * 0.01, min_lr=recipe.lr * 0.01,
                                        updates_per_epoch=steps)
-    criterion = nn.CrossEntropyLoss()
     rows: list[dict[str, Any]] = []
     if state is not None:
-        method.load_state_dict(state["method"])
-        optimizer.load_state_dict(state["optimizer"])
+        try:
+            method.load_state_dict(state["method"])
+            optimizer.load_state_dict(state["optimizer"])
+        except (RuntimeError, ValueError, KeyError) as error:
+            raise UserError(f"the checkpoint does not fit this model ({why(error)}); start a new run") from error
         rows = state["rows"]
     for epoch in range(len(rows), recipe.epochs):
         seed_everything(recipe.seed, epoch)
@@ -85,9 +87,7 @@ def fit(method: Any, train: DataLoader, val: DataLoader, recipe: Recipe, watcher
             update = epoch * steps + step
             method.start_step(update / (recipe.epochs * steps))
             optimizer.zero_grad()
-            with torch.autocast(device.type, torch.bfloat16, enabled=recipe.amp):
-                terms = method.backward(images, targets, criterion)
-            facts = {name: term.item() for name, term in terms.items()}
+            facts = forward_backward(method, images, targets, recipe.amp)
             if not math.isfinite(sum(facts.values())):
                 raise UserError(f"the loss became {sum(facts.values())} at epoch {epoch + 1}, step {step + 1} of {steps}; "
                                 f"lower --lr ({recipe.lr:g}); the last checkpoint is as the epoch before left it")
@@ -101,6 +101,8 @@ def fit(method: Any, train: DataLoader, val: DataLoader, recipe: Recipe, watcher
                 recent.append(images)
             watcher.step(epoch, step, {**facts, "ratio": method.plan.ratio, "images_per_second":
                                        images_seen / (time.perf_counter() - started)})
+        if epoch + 1 == recipe.epochs:
+            method.start_step(1.0)  # however short the schedule, it ends with what its end asks for
         row = {"epoch": epoch + 1, "lr": optimizer.param_groups[0]["lr"], "ratio": method.plan.ratio}
         row |= {f"loss_{name}": value / (step + 1) for name, value in sums.items()}
         row |= evaluate(method, recent, val, device)
@@ -112,19 +114,46 @@ def fit(method: Any, train: DataLoader, val: DataLoader, recipe: Recipe, watcher
 
 
 def check_names(opt: str, sched: str) -> None:
-    """Raises UserError for an optimizer or a schedule that timm does not have."""
+    """Raises UserError for an optimizer or a schedule that timm does not have, or that does not work here."""
     if opt.lower() not in list_optimizers():
         near = difflib.get_close_matches(opt.lower(), list_optimizers(), 3) or ["adamw", "sgd", "lamb"]
         raise UserError(f"no optimizer {opt!r}; timm has {', '.join(near)} and others")
+    weight = nn.Parameter(torch.ones(2, 2))
+    weight.grad = torch.ones(2, 2)
+    try:
+        create_optimizer_v2([weight], opt=opt, lr=0.1).step()
+    except Exception as error:  # packages that are missing, second derivatives, a GPU: each says so in its own way
+        raise UserError(f"--opt {opt} does not work here ({why(error)}); take another, such as adamw") from error
     if sched not in SCHEDULES:
         raise UserError(f"no schedule {sched!r}; choose from {', '.join(SCHEDULES)}")
 
 
-def try_step(method: Any, loader: DataLoader, device: torch.device) -> None:
+def forward_backward(method: Any, images: torch.Tensor, targets: torch.Tensor, amp: bool) -> dict[str, float]:
+    """Accumulates the gradients of one batch, and returns the terms of the loss.
+
+    Raises:
+        UserError: the memory does not suffice, or the batch is too small for batch norm.
+    """
+    try:
+        with torch.autocast(images.device.type, torch.bfloat16, enabled=amp):
+            terms = method.terms(images, targets, nn.CrossEntropyLoss())
+        method.backward(terms)
+    except torch.OutOfMemoryError as error:
+        raise UserError(f"out of memory at {len(images)} images a step; lower --batch-size or --img-size, or pass --amp") from error
+    except ValueError as error:
+        if "more than 1 value per channel" not in str(error):
+            raise
+        raise UserError(f"batch norm cannot train on {len(images)} image a step at this size; raise --batch-size or --img-size") from error
+    return {name: term.item() for name, term in terms.items()}
+
+
+def try_step(method: Any, loader: DataLoader, device: torch.device, amp: bool) -> None:
     """Runs one batch forward and backward, and changes no weight."""
     images, targets = next(iter(loader))
     method.start_step(0.0)
-    method.backward(images.to(device), targets.to(device), nn.CrossEntropyLoss())
+    for network in method.networks().values():
+        network.train()
+    forward_backward(method, images.to(device), targets.to(device), amp)
 
 
 def evaluate(method: Any, batches: list[torch.Tensor], val: DataLoader, device: torch.device) -> dict[str, float]:
