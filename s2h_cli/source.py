@@ -175,10 +175,10 @@ def _from_torchvision(spec: str, wanted: bool, download: bool, img_size: int | N
             ) from error
 
     module = _download(build, spec, None, weights.url) if download else build(pretrained=False)
-    for aux in AUX_HEADS:
-        if hasattr(module, aux):
-            setattr(module, aux, None)
-            module.aux_logits = False
+    dropped = [aux for aux in AUX_HEADS if getattr(module, aux, None) is not None]
+    for aux in dropped:
+        setattr(module, aux, None)
+        module.aux_logits = False
     cfg = {
         "input_size": (3, size, size),
         "mean": tuple(preprocessing.mean),
@@ -188,6 +188,8 @@ def _from_torchvision(spec: str, wanted: bool, download: bool, img_size: int | N
     }
     source = _source(spec, module, cfg, img_size)
     source.pretrained = download
+    if dropped:
+        source.notes.append(f"used in training only, dropped: {', '.join(dropped)}")
     return source
 
 
@@ -429,11 +431,7 @@ def _load_weights(source: Source, path: Path, num_classes: int | None) -> None:
 
     own = source.module.state_dict()
     aux = tuple(f"{name}." for name in AUX_HEADS if getattr(source.module, name, ...) is None)
-    left_out = [key for key in state if key.startswith(aux)]
-    for key in left_out:
-        del state[key]
-    if left_out:
-        source.notes.append(f"'{path}' has auxiliary heads for training; they were left out")
+    state = {key: value for key, value in state.items() if not key.startswith(aux)}
     missing = [key for key in own if key not in state and not key.endswith("num_batches_tracked")]
     unexpected = [key for key in state if key not in own]
     wrong = [key for key in state if key in own and state[key].shape != own[key].shape]

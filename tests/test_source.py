@@ -111,7 +111,8 @@ def test_torchvision_head_is_replaced(name):
     source = load_source(f"torchvision:{name}", num_classes=6, pretrained=False, img_size=96)
     assert source.name == name and outputs(source) == 6
     assert source.mean == (0.485, 0.456, 0.406) and source.interpolation == "bilinear"
-    assert source.notes == []  # all of it is untrained, not only the head
+    # All of it is untrained, not only the head.
+    assert source.notes == (["used in training only, dropped: aux1, aux2"] if name == "googlenet" else [])
     assert not any(key.startswith("aux") for key in source.module.state_dict())
 
 
@@ -206,7 +207,7 @@ def test_weights_win_over_the_download_and_a_head_of_other_size_is_dropped(tmp_p
         own = source.module.state_dict()
         assert all(torch.equal(value, state[key]) for key, value in own.items() if not key.startswith("fc."))
         assert not torch.equal(own["fc.weight"], state["fc.weight"][:3])
-    assert len(source.notes) == 2 and "auxiliary" in source.notes[0]
+    assert len(source.notes) == 2 and "aux1, aux2" in source.notes[0]
     assert load_source(spec, num_classes=5, weights=path, img_size=64).notes == source.notes[:1]  # the head fits
 
 
