@@ -14,7 +14,6 @@ import importlib.metadata
 import json
 import logging
 import math
-import operator
 import os
 import re
 import warnings

@@ -143,15 +143,15 @@ FUNCTIONS: dict[str, str] = {
         "hardswish", "hardsigmoid", "silu", "mish", "gelu", "leaky_relu", "softplus", "max_pool2d", "avg_pool2d",
         "adaptive_avg_pool2d", "pad", "scaled_dot_product_attention")},
     **{op: f"torch.{op}" for op in (
-        "cat", "flatten", "unflatten", "permute", "transpose", "squeeze", "unsqueeze", "matmul", "bmm", "roll", "select",
-        "unbind", "sigmoid", "tanh", "mean", "softmax", "split", "reshape")},
+        "cat", "permute", "transpose", "matmul", "bmm", "roll", "select", "unbind", "sigmoid", "tanh", "mean", "softmax",
+        "split", "reshape")},
     "add": "operator.add", "sub": "operator.sub", "mul": "operator.mul", "div": "operator.truediv",
 }
 
 #: ATen operators that only give a tensor another shape: written as one `torch.reshape`.
 RESHAPES = ("view", "reshape", "_unsafe_view", "unflatten", "flatten", "squeeze", "unsqueeze", "reshape_as", "view_as")
 #: Nodes that only check shapes at run time; they go.
-_ASSERTIONS = ("_assert", "sym_constrain", "_assert_scalar", "_assert_async", "_assert_tensor_metadata")
+_ASSERTIONS = ("_assert", "sym_constrain")
 
 
 def capture(model: nn.Module, input_size: tuple[int, int, int]) -> Captured:
@@ -172,7 +172,7 @@ def capture(model: nn.Module, input_size: tuple[int, int, int]) -> Captured:
     canonical = _Canonical(exported, model)
     network = canonical.build()
     notes += canonical.notes
-    dropped = sorted({name.rsplit(".", 1)[0].split(".")[0] for name, _ in model.named_parameters()}
+    dropped = sorted({name.split(".")[0] for name, _ in model.named_parameters()}
                      - {name.split(".")[0] for name, _ in network.named_parameters()})
     if dropped:
         notes.append(f"used in training only, dropped: {', '.join(dropped)}")

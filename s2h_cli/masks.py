@@ -109,9 +109,15 @@ class Importance:
         return ranks
 
 
-def gate(gates: torch.Tensor, parts: torch.Tensor) -> torch.Tensor:
-    """Gate of each index of an axis, (n,): the product over its atoms. `parts` is (n, k) int64, padded with len(gates)."""
-    return torch.cat([gates, gates.new_ones(1)])[parts].prod(1)
+def gated(weight: torch.Tensor, dim: int, gates: torch.Tensor, parts: torch.Tensor) -> torch.Tensor:
+    """A weight times the gate of each index along `dim`: the product over its atoms.
+
+    Args:
+        gates: one for each atom, (atoms,).
+        parts: the atoms of each of the n indices, (n, k) int64, padded with `atoms`.
+    """
+    gate = torch.cat([gates, gates.new_ones(1)])[parts].prod(1)
+    return weight * gate.view([-1 if d == dim else 1 for d in range(weight.dim())])
 
 
 def plan_of_ranks(space: Space, widths: np.ndarray, ranks: torch.Tensor) -> Plan:

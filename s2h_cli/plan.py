@@ -269,12 +269,12 @@ class Plan:
     space: Space
     keep: np.ndarray
 
-    @property
+    @cached_property
     def widths(self) -> np.ndarray:
         """Kept atoms of each group, (groups,)."""
         return np.array([int(self.keep[g.start:g.stop].sum()) for g in self.space.groups])
 
-    @property
+    @cached_property
     def ratio(self) -> float:
         """Share of the whole network's MACs that is left."""
         return self.space.ratio(self.widths)

@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import fx, nn
 from torch.func import functional_call
 
-from ..masks import Importance, Masks, fit_budget, gate, plan_of_ranks
+from ..masks import Importance, Masks, fit_budget, gated, plan_of_ranks
 from ..plan import Plan, Space
 from ..rebuild import kept_indices, rebuild, resize, skeleton, slice_parameters
 
@@ -144,8 +144,7 @@ class S2H:
             gates = self.gates if self.frozen else self.masks.keep_probability(self.ranks)
         out = dict(self.weights)
         for (name, dim), parts in self.read_parts.items():
-            shape = [-1 if d == dim else 1 for d in range(out[name].dim())]
-            out[name] = out[name] * gate(gates, parts).view(shape)
+            out[name] = gated(out[name], dim, gates, parts)
         return out
 
     def hard_parameters(self, gates: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
@@ -155,8 +154,7 @@ class S2H:
             estimator = 1 + (gates - gates.detach())
             for (name, dim), parts in self.read_parts.items():
                 kept = self.indices[name][dim]
-                shape = [-1 if d == dim else 1 for d in range(out[name].dim())]
-                out[name] = out[name] * gate(estimator, parts if kept is None else parts[kept]).view(shape)
+                out[name] = gated(out[name], dim, estimator, parts if kept is None else parts[kept])
         return out
 
     def _follow(self, plan: Plan) -> None:

@@ -161,7 +161,7 @@ def evaluate(method: Any, batches: list[torch.Tensor], val: DataLoader, device: 
     accuracy = {}
     for name, network in method.networks().items():
         restate(network, batches)
-        accuracy[f"top1_{name}"] = top1(network.eval(), val, device)
+        accuracy[f"top1_{name}"] = top1(network, val, device)
     return accuracy
 
 
