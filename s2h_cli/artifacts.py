@@ -32,7 +32,7 @@ from torch import fx, nn
 from . import __version__
 from .errors import UserError, why
 from .files import writing
-from .graph import BATCH, FUNCTIONS, resolve
+from .graph import BATCH, FUNCTIONS, resolve, tensors_of
 
 WEIGHTS, PLAN = "model.safetensors", "plan.json"
 #: Where the metadata lie: an extra file of TorchScript and pt2, a property of ONNX.
@@ -161,11 +161,6 @@ _KINDS: dict[str, Callable[[Any, dict[str, fx.Node]], Any]] = {
 # The network as data
 
 
-def tensors(network: nn.Module) -> dict[str, torch.Tensor]:
-    """All parameters and buffers by dotted name, tied ones under each of their names, non-persistent buffers too."""
-    return {**dict(network.named_parameters(remove_duplicate=False)), **dict(network.named_buffers(remove_duplicate=False))}
-
-
 def network_to_json(small: fx.GraphModule) -> dict:
     """The canonical network as JSON data: everything but the values of its tensors.
 
@@ -193,7 +188,7 @@ def _module_to_json(path: str, module: nn.Module) -> dict:
 
 def _tensors_to_json(small: nn.Module) -> dict:
     out, first = {}, {}
-    for name, tensor in tensors(small).items():
+    for name, tensor in tensors_of(small).items():
         owner, _, leaf = name.rpartition(".")
         if isinstance(tensor, nn.Parameter):
             out[name] = {"kind": "parameter", "requires_grad": tensor.requires_grad}
@@ -220,7 +215,7 @@ def network_from_json(data: dict, state_dict: dict[str, torch.Tensor]) -> fx.Gra
 
     Args:
         data: what `network_to_json` returned, possibly by way of a file that nobody vouches for.
-        state_dict: a tensor for each name that `tensors` gives. The network uses these very tensors, without a copy.
+        state_dict: a tensor for each name that `tensors_of` gives. The network uses these very tensors, without a copy.
 
     Raises:
         UserError: the data are damaged or name what is on no list, or the tensors do not belong to them.
@@ -241,7 +236,7 @@ def network_from_json(data: dict, state_dict: dict[str, torch.Tensor]) -> fx.Gra
         raise
     except Exception as error:  # damaged data make torch raise whatever it likes
         raise UserError(f"{PLAN} does not describe a network: {why(error)}; it may be damaged or from another version") from error
-    missing = [name for name, tensor in tensors(network).items() if tensor.is_meta]
+    missing = [name for name, tensor in tensors_of(network).items() if tensor.is_meta]
     if missing:
         raise UserError(f"{PLAN} lists no tensor for {missing[0]}; it may be damaged")
     return network.eval()
@@ -323,7 +318,7 @@ def save(folder: str | os.PathLike, small: fx.GraphModule, plan_json: dict) -> N
         UserError: the network contains something that the data cannot hold.
     """
     plan = {**plan_json, "network": network_to_json(small), "versions": _versions()}
-    weights = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors(small).items()}
+    weights = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors_of(small).items()}
     with writing(Path(folder)) as aside:
         (aside / PLAN).write_text(json.dumps(plan, indent=1, allow_nan=False))
         (aside / WEIGHTS).write_bytes(save_bytes(weights, {"format": "pt"}))

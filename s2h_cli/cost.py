@@ -44,13 +44,25 @@ def _matmul(args: tuple, out: Tensor) -> list[Product]:
     return [(1, _axes(out) + _axes(args[0], -1))]
 
 
+def _add_product(args: tuple, out: Tensor) -> list[Product]:
+    return _matmul(args[1:], out)
+
+
 def _attention(args: tuple, out: Tensor) -> list[Product]:
     q, k, _, *_ = args
     return [(1, _axes(q) + _axes(k, -2, -1)), (1, _axes(out) + _axes(k, -2, -1))]
 
 
 def _einsum(args: tuple, out: Tensor) -> list[Product]:
-    return [(contracted(args[0], [t.shape for t in args[1]]), _axes(out))]
+    inputs, _, output = args[0].replace(" ", "").partition("->")
+    axes = {letter: axis for letters, tensor in zip(inputs.split(","), args[1]) for letter, axis in zip(letters, _axes(tensor))}
+    if "." in inputs:
+        return [(contracted(args[0], [t.shape for t in args[1]]), _axes(out))]
+    return [(1, _axes(out) + [axis for letter, axis in axes.items() if letter not in output])]
+
+
+def _lstm(args: tuple, out: Tensor) -> list[Product]:
+    return [(1, _axes(args[0], 0, -1) + _axes(weight)) for weight in args[2] if len(weight.shape) == 2]
 
 
 def _batch_norm(args: tuple, out: Tensor) -> list[Product]:
@@ -83,8 +95,10 @@ def contracted(equation: str, shapes: list[tuple[int, ...]]) -> int:
 
 FORMULAS: dict[str, Callable[[tuple, Tensor], list[Product]]] = {
     "conv1d": _conv, "conv2d": _conv, "conv3d": _conv, "linear": _linear, "matmul": _matmul, "bmm": _matmul,
+    "addmm": _add_product, "baddbmm": _add_product,
     **dict.fromkeys(("conv_transpose1d", "conv_transpose2d", "conv_transpose3d"), _transposed_conv),
-    "einsum": _einsum, "instance_norm": _instance_norm, "scaled_dot_product_attention": _attention, "batch_norm": _batch_norm, "layer_norm": _norm, "group_norm": _norm,
+    "einsum": _einsum, "scaled_dot_product_attention": _attention, "lstm": _lstm,
+    "batch_norm": _batch_norm, "layer_norm": _norm, "group_norm": _norm, "instance_norm": _instance_norm,
     "adaptive_avg_pool2d": lambda args, out: [(1, _axes(args[0]))],
     "grid_sampler": lambda args, out: [(4, _axes(out))],
     "upsample_nearest2d": lambda args, out: [(1, _axes(out))],
@@ -170,6 +184,8 @@ def count_macs(network: nn.Module, input_size: tuple[int, int, int]) -> dict[str
         "aten::scaled_dot_product_attention": _attention_handle,
         "aten::_convolution_mode": lambda i, o: math.prod(_sizes(o[0])) * math.prod(_sizes(i[1])[1:]),
         "aten::matmul": lambda i, o: math.prod(_sizes(o[0])) * _sizes(i[0])[-1],
+        "aten::baddbmm": lambda i, o: math.prod(_sizes(o[0])) * _sizes(i[1])[-1],
+        "aten::lstm": _lstm_handle,
         "aten::einsum": lambda i, o: math.prod(_sizes(o[0])) * contracted(
             i[0].toIValue(), [_sizes(value) for value in i[1].node().inputs()]),
     })
@@ -187,3 +203,8 @@ def _sizes(value: Any) -> list[int]:
 def _attention_handle(inputs: list[Any], outputs: list[Any]) -> int:
     q, k, v = map(_sizes, inputs[:3])
     return math.prod(q) * k[-2] + math.prod(q[:-1]) * k[-2] * v[-1]
+
+
+def _lstm_handle(inputs: list[Any], outputs: list[Any]) -> int:
+    weights = [_sizes(value) for value in inputs[2].node().inputs()]
+    return sum(math.prod(_sizes(inputs[0])[:-1]) * math.prod(w) for w in weights if len(w) == 2)

@@ -141,7 +141,7 @@ FUNCTIONS: dict[str, str] = {
     **{op: f"torch.nn.functional.{op}" for op in (
         "conv1d", "conv2d", "conv3d", "linear", "relu", "relu6", "hardtanh",
         "hardswish", "hardsigmoid", "silu", "mish", "gelu", "leaky_relu", "softplus", "max_pool2d", "avg_pool2d",
-        "adaptive_avg_pool2d", "pad", "scaled_dot_product_attention")},
+        "adaptive_avg_pool2d", "pad", "rms_norm", "scaled_dot_product_attention")},
     **{op: f"torch.{op}" for op in (
         "cat", "permute", "transpose", "matmul", "bmm", "roll", "select", "unbind", "sigmoid", "tanh", "mean", "softmax",
         "split", "reshape")},
@@ -166,6 +166,8 @@ def capture(model: nn.Module, input_size: tuple[int, int, int]) -> Captured:
     """
     model.eval()
     exported, static_batch = _export(model, input_size)
+    _inline_regions(exported.graph_module)
+    _share_tied(exported, model)
     notes = []
     if static_batch:
         notes.append(f"its graph takes batches of {static_batch} only: torch.export insists on a fixed batch")
@@ -196,6 +198,45 @@ def _export(model: nn.Module, input_size: tuple[int, int, int]) -> tuple[torch.e
                     "check that it runs on a batch of images of that size (--img-size)")
 
 
+def _inline_regions(outer: fx.GraphModule) -> None:
+    """Regions of disabled autocast and of `no_grad`, which torch.export keeps as submodules, become part of the graph."""
+    for node in list(outer.graph.nodes):
+        region = _REGIONS.get(getattr(node.target, "__name__", "")) if node.op == "call_function" else None
+        if region is None:
+            continue
+        enabled, inner, operands = region(node.args)
+        if enabled:
+            raise UserError(f"the model computes a part in autocast ({_where(node)}); take the autocast out of its forward: "
+                            "--amp trains in bfloat16")
+        inner = outer.get_submodule(inner.target)
+        _inline_regions(inner)
+        with outer.graph.inserting_before(node):
+            results = outer.graph.graph_copy(inner.graph, dict(zip(inner.graph.find_nodes(op="placeholder"), operands)))
+        for user in list(node.users):  # each picks one of the results
+            user.replace_all_uses_with(results[user.args[1]])
+            outer.graph.erase_node(user)
+        outer.graph.erase_node(node)
+
+
+#: Higher-order operators of torch.export: whether the region changes how things are computed, its submodule, its operands.
+_REGIONS: dict[str, Callable[[tuple], tuple[bool, fx.Node, tuple]]] = {
+    "wrap_with_autocast": lambda args: (args[2], args[4], args[5:]),
+    "wrap_with_set_grad_enabled": lambda args: (False, args[1], args[2:]),
+}
+
+
+def _share_tied(exported: torch.export.ExportedProgram, model: nn.Module) -> None:
+    """A parameter of two names enters the graph once, under the first."""
+    state = tensors_of(model)
+    named = {**exported.graph_signature.inputs_to_parameters, **exported.graph_signature.inputs_to_buffers}
+    first: dict[int, fx.Node] = {}
+    for node in exported.graph.find_nodes(op="placeholder"):
+        if node.name in named:
+            same = first.setdefault(id(state[named[node.name]]), node)
+            if same is not node:
+                node.replace_all_uses_with(same)
+
+
 class _Canonical:
     """Rewrites one exported program as a GraphModule of torch.nn layers and plain functions."""
 
@@ -204,8 +245,7 @@ class _Canonical:
         self.model = model
         self.graph = fx.Graph()
         self.root = nn.Module()
-        self.tensors = {**dict(model.named_parameters(remove_duplicate=False)),
-                        **dict(model.named_buffers(remove_duplicate=False)), **exported.constants}
+        self.tensors = {**tensors_of(model), **exported.constants}
         self.new: dict[fx.Node, fx.Node] = {}  # exported node -> canonical node
         self.params: dict[fx.Node, str] = {}  # exported placeholder -> dotted name
         self.notes: list[str] = []
@@ -467,6 +507,11 @@ def _container(root: nn.Module, path: str) -> nn.Module:
             root.add_module(name, nn.Module())
         root = root._modules[name]
     return root
+
+
+def tensors_of(network: nn.Module) -> dict[str, torch.Tensor]:
+    """All parameters and buffers by dotted name, tied ones under each of their names, non-persistent buffers too."""
+    return {**dict(network.named_parameters(remove_duplicate=False)), **dict(network.named_buffers(remove_duplicate=False))}
 
 
 def _tuple(value: Any) -> Any:

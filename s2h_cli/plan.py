@@ -12,7 +12,7 @@ import math
 from collections import Counter
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Iterator
+from typing import Any, Iterator
 
 import numpy as np
 from torch import fx
@@ -78,15 +78,18 @@ class Space:
             stands or falls with, padded with `size`; or None where nothing can be cut.
         tensors: the same for the outputs of each node.
         reads: (parameter, dim) that contract a labelled dimension: where gates go.
+        gates: the same for operands that are computed (a standardised weight, queries whose head dimension is cut), by the name
+            of the buffer that `rebuild.insert_gates` makes for each.
         writes: (parameter, dim) that make one: where importance is read.
         layers, macs, parameters: the counted operators, and the cost models by layer and by parameter.
         frozen: what cannot be cut, and why.
         unknown: operators without a rule, with the nodes they occur at.
     """
 
-    def __init__(self, network: fx.GraphModule, exclude: tuple[str, ...] = (), divisor: int = 8):
-        labelled = propagate(network, exclude)
+    def __init__(self, network: fx.GraphModule, exclude: tuple[str, ...] = (), divisor: int = 8, prune_head_dim: bool = False):
+        labelled = propagate(network, exclude, prune_head_dim)
         self._solved = labelled.labels.solve()
+        self._written = list(dict.fromkeys(self._writes(network, labelled)))
         self._calls = list(_counted(network, labelled))
         self._group(labelled, divisor)
         while self._freeze_irregular(labelled):
@@ -96,8 +99,12 @@ class Space:
                             + "; ".join(f"{f.channels} channels: {f.reason}" for f in self._frozen(labelled)))
         self.params = {name: [self._parts(dim) for dim in t.dims] for name, t in labelled.params.items()}
         self.tensors = {name: [[self._parts(dim) for dim in t.dims] for t in ts] for name, ts in labelled.tensors.items()}
-        self.reads = [(name, dim) for name, dim in labelled.reads if self.params[name][dim] is not None]
-        self.writes = [(name, dim) for name, dim in labelled.writes if self.params[name][dim] is not None]
+        self.reads = list(dict.fromkeys((use.operand.name, use.dim) for use in labelled.reads if isinstance(use.operand, Param)
+                                        and self.params[use.operand.name][use.dim] is not None))
+        computed = [use for use in labelled.reads if isinstance(use.operand, Ref)
+                    and self.tensors[use.operand.name][0][use.dim] is not None]
+        self.gates = {f"gate_{i}": use for i, use in enumerate(computed)}
+        self.writes = [(name, dim) for name, dim in self._written if self.params[name][dim] is not None]
         self.frozen = self._frozen(labelled)
         self.unknown = labelled.unknown
         self._count(network, labelled)
@@ -128,12 +135,39 @@ class Space:
 
     # -- construction ---------------------------------------------------------------------------------------------
 
+    def _writes(self, network: fx.GraphModule, labelled: Labelled) -> Iterator[tuple[str, int]]:
+        """(parameter, dim) behind each write: of a computed weight, the matrices it is computed from."""
+        sources = {node.name: node.meta["args"] for node in network.graph.nodes if "args" in node.meta}
+
+        def parameters(value: Any) -> Iterator[str]:
+            if isinstance(value, Param):
+                yield value.name
+            elif isinstance(value, Ref):
+                yield from parameters(sources[value.name])
+            elif isinstance(value, (list, tuple)):
+                for item in value:
+                    yield from parameters(item)
+
+        for use in labelled.writes:
+            if isinstance(use.operand, Param):
+                yield use.operand.name, use.dim
+                continue
+            made = labelled.tensor(use.operand).dims[use.dim]
+            if made is None:
+                continue
+            atoms = set(self._solved.atoms_of(made).ravel().tolist())
+            for name in dict.fromkeys(parameters(use.operand)):
+                shape, dims = labelled.params[name][:2]
+                for i, dim in enumerate(dims):
+                    if math.prod(shape) > shape[i] and dim is not None and atoms == set(self._solved.atoms_of(dim).ravel().tolist()):
+                        yield name, i
+
     def _group(self, labelled: Labelled, divisor: int) -> None:
         solved = self._solved
         live = np.zeros(labelled.labels.count, bool)
         channels = np.full(labelled.labels.count, np.iinfo(int).max)
         signature = np.zeros(labelled.labels.count, np.uint64)
-        for name, dim in labelled.writes:
+        for name, dim in self._written:
             atoms = _live_atoms(solved, labelled.params[name].dims[dim])
             live[atoms] = True
             seen, times = np.unique(atoms, return_counts=True)
@@ -152,7 +186,7 @@ class Space:
         owner = np.full(labelled.labels.count, -1)
         owner[atoms] = place[member]
         layers: list[dict[str, None]] = [{} for _ in first]
-        for name, dim in labelled.writes:
+        for name, dim in self._written:
             for group in np.unique(owner[_live_atoms(solved, labelled.params[name].dims[dim])]).tolist():
                 layers[group][_layer_name(name)] = None
 
@@ -249,7 +283,7 @@ class Space:
 
     def _frozen(self, labelled: Labelled) -> list[Frozen]:
         by_reason: dict[str, dict[str, int]] = {}
-        for name, dim in labelled.writes:
+        for name, dim in self._written:
             labels = labelled.params[name].dims[dim]
             if labels is None:
                 continue
@@ -316,7 +350,7 @@ def _counted(network: fx.GraphModule, labelled: Labelled) -> Iterator[tuple[Laye
         if node.op == "placeholder" or any(source in per_batch for source in node.all_input_nodes):
             per_batch.add(node)
         formula = FORMULAS.get(node.meta.get("op", ""))
-        if formula is None or not isinstance(node.meta["shape"], tuple):
+        if formula is None:
             continue
         args = fx.node.map_aggregate(node.meta["args"], lambda a: labelled.tensor(a) if isinstance(a, (Ref, Param)) else a)
         out = labelled.tensors[node.name][0]

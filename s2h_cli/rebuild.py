@@ -8,21 +8,25 @@ weights; `rebuild` gives it sliced weights of its own. There is no other way to 
 from __future__ import annotations
 
 import copy
+import operator
 from typing import Any, Callable
 
+import numpy as np
 import torch
 from torch import fx, nn
 
 from .graph import RESHAPES
-from .plan import Plan
+from .plan import Plan, Space
 
 Indices = dict[str, list[torch.Tensor | None]]
 
 
 def kept_indices(plan: Plan, device: torch.device | str = "cpu") -> Indices:
-    """For each parameter and buffer, for each dimension, the kept indices (int64), or None where all stay."""
+    """For each parameter, buffer and inserted gate, for each dimension, the kept indices (int64), or None where all stay."""
     out: Indices = {}
-    for name, dims in plan.space.params.items():
+    gates = {name: [parts if d == use.dim else None for d, parts in enumerate(plan.space.tensors[use.operand.name][0])]
+             for name, use in plan.space.gates.items()}
+    for name, dims in (plan.space.params | gates).items():
         kept = [None if parts is None else plan.kept(parts) for parts in dims]
         out[name] = [None if k is None or k.all() else torch.from_numpy(k).nonzero().squeeze(1).to(device) for k in kept]
     return out
@@ -82,6 +86,28 @@ def rebuild(network: fx.GraphModule, plan: Plan) -> fx.GraphModule:
     return small.eval()
 
 
+def insert_gates(network: fx.GraphModule, space: Space) -> fx.GraphModule:
+    """The same network, on the same tensors, with a factor at each operand of `space.gates`: a buffer of ones, shaped to
+    broadcast along the operand's dimension. Who runs the network puts gates in its place."""
+    graph, nodes = fx.Graph(), {}
+    graph.output(graph.graph_copy(network.graph, nodes))
+    gated = fx.GraphModule(network, graph, type(network).__name__)
+    of_name = {node.name: new for node, new in nodes.items()}
+    device = next(network.parameters()).device
+    for name, use in space.gates.items():
+        operand, user = of_name[use.operand.name], of_name[use.node]
+        shape = [-1 if d == use.dim else 1 for d in range(len(operand.meta["shape"]))]
+        gated.register_buffer(name, torch.ones(operand.meta["shape"][use.dim], device=device).view(shape), persistent=False)
+        with graph.inserting_before(user):
+            factor = graph.get_attr(name)
+            product = graph.call_function(operator.mul, (operand, factor))
+        product.meta.update(shape=operand.meta["shape"], gated=use.operand.name)
+        user.replace_input_with(operand, product)
+    gated.recompile()
+    gated.meta.update(network.meta)
+    return gated.train(network.training)
+
+
 class Sizes:
     """Kept counts around the nodes of the full graph."""
 
@@ -92,15 +118,18 @@ class Sizes:
         """Kept indices along an axis of a node's output (of output `which`)."""
         shape = node.meta["shape"]
         shape = shape[which] if isinstance(shape, list) else shape
-        return self.plan.count(self.plan.space.tensors[node.name][which][axis], shape[axis])
+        return self.plan.count(self._parts(node, axis, which), shape[axis])
+
+    def _parts(self, node: fx.Node, axis: int, which: int = 0) -> np.ndarray | None:
+        return self.plan.space.tensors[node.meta.get("gated", node.name)][which][axis]
 
     def before(self, node: fx.Node, axis: int, position: int) -> int:
         """Where a bound among a node's indices along an axis comes to lie."""
-        parts = self.plan.space.tensors[node.name][0][axis]
+        parts = self._parts(node, axis)
         return position if parts is None else int(self.plan.kept(parts)[:position].sum())
 
     def is_cut(self, node: fx.Node, axis: int) -> bool:
-        return self.plan.space.tensors[node.name][0][axis] is not None
+        return self._parts(node, axis) is not None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -167,6 +196,6 @@ CALLS: dict[str, Callable[[fx.Node, Sizes], dict[int, Any]]] = {
     **dict.fromkeys(RESHAPES, _reshape_call),
     **dict.fromkeys(("split", "chunk", "split_with_sizes"), _split_call),
     "slice": _slice_call,
-    "layer_norm": _layer_norm_call,
+    **dict.fromkeys(("layer_norm", "rms_norm"), _layer_norm_call),
     **dict.fromkeys(("conv1d", "conv2d", "conv3d"), _conv_call),
 }

@@ -8,50 +8,68 @@ wrongly.
 from __future__ import annotations
 
 import fnmatch
-from dataclasses import dataclass
-from typing import Any, Callable, NamedTuple
+import re
+from dataclasses import dataclass, replace
+from typing import Any, Callable, Iterator, NamedTuple
 
 import numpy as np
 from torch import fx
 
 from .errors import UserError
-from .graph import RESHAPES, Param, Ref
+from .graph import RESHAPES, Param, Ref, tensors_of
 from .labels import FIXED, Dim, Labels
 
 
 class Tensor(NamedTuple):
-    """A labelled tensor: its shape, and for each dimension its labels or None."""
+    """A labelled tensor: its shape, for each dimension its labels or None, where it comes from, and whether it is a weight:
+    a parameter, or computed from parameters alone (a standardised weight), so that it is the same for all images."""
 
     shape: tuple[int, ...]
     dims: tuple[Dim, ...]
+    source: Ref | Param | None = None
+    weight: bool = False
+
+
+class Use(NamedTuple):
+    """A labelled dimension of an operand of the operator at `node`: one that it contracts (a read), or that it makes the
+    channels of its output from (a write)."""
+
+    operand: Ref | Param
+    dim: int
+    node: str
 
 
 @dataclass
 class Call:
-    """One operator call as a rule sees it. `args` hold `Tensor`s in place of tensors; `params` the names of those that are
-    parameters, by argument position; `outputs` are the shapes of the results."""
+    """One operator call as a rule sees it. `args` hold `Tensor`s in place of tensors; `outputs` are the shapes of the results."""
 
     op: str
     args: tuple
-    params: dict[int, str]
     outputs: list[tuple[int, ...]]
     labels: Labels
-    reads: list[tuple[str, int]]
+    node: str
+    reads: list[Use]
+    writes: list[Use]
+    prune_head_dim: bool = False
 
     @property
     def shape(self) -> tuple[int, ...]:
         return self.outputs[0]
 
+    def part(self, args: tuple, shape: tuple[int, ...]) -> "Call":
+        """The same call on other tensors: some of the axes."""
+        return replace(self, args=args, outputs=[shape])
+
 
 class Labelled(NamedTuple):
-    """A network with labels on everything. `tensors[node]` lists a node's outputs; `reads` and `writes` list the weight
-    dimensions (parameter, dim) that contract a labelled dimension, and that make one."""
+    """A network with labels on everything. `tensors[node]` lists a node's outputs; `reads` and `writes` list where labelled
+    dimensions are contracted and made."""
 
     labels: Labels
     tensors: dict[str, list[Tensor]]
     params: dict[str, Tensor]
-    reads: list[tuple[str, int]]
-    writes: list[tuple[str, int]]
+    reads: list[Use]
+    writes: list[Use]
     unknown: dict[str, list[str]]
 
     def tensor(self, reference: Ref | Param) -> Tensor:
@@ -59,23 +77,20 @@ class Labelled(NamedTuple):
         return self.params[reference.name] if isinstance(reference, Param) else self.tensors[reference.name][0]
 
 
-def propagate(network: fx.GraphModule, exclude: tuple[str, ...] = ()) -> Labelled:
+def propagate(network: fx.GraphModule, exclude: tuple[str, ...] = (), prune_head_dim: bool = False) -> Labelled:
     """Walks the canonical graph once and records what each operator says about labels.
 
     Args:
         network: a canonical graph from `graph.capture`.
         exclude: globs on layer names (`layer1.0.conv1`, `head*`) whose weights are left whole.
+        prune_head_dim: also cut channels that two activations contract (the head dimension of q and k).
 
     Raises:
         UserError: a glob of `exclude` matches no layer.
     """
-    labels = Labels()
-    params: dict[str, Tensor] = {}
-    tensors: dict[str, list[Tensor]] = {}
-    reads: list[tuple[str, int]] = []
-    writes: list[tuple[str, int]] = []
-    unknown: dict[str, list[str]] = {}
-    state = {**dict(network.named_parameters(remove_duplicate=False)), **dict(network.named_buffers(remove_duplicate=False))}
+    out = Labelled(Labels(), {}, {}, [], [], {})
+    labels, tensors, params = out.labels, out.tensors, out.params
+    state = tensors_of(network)
 
     def labelled(value: Any) -> Any:
         if isinstance(value, Ref):
@@ -84,35 +99,35 @@ def propagate(network: fx.GraphModule, exclude: tuple[str, ...] = ()) -> Labelle
             if value.name not in params:
                 data = state[value.name]
                 fresh = [labels.fresh(n) if n > 1 and data.is_floating_point() else None for n in data.shape]
-                params[value.name] = Tensor(tuple(data.shape), tuple(fresh))
+                params[value.name] = Tensor(tuple(data.shape), tuple(fresh), value, weight=True)
             return params[value.name]
         return value
 
     for node in network.graph.nodes:
         shape = node.meta.get("shape")
         if node.op == "placeholder":
-            tensors[node.name] = [Tensor(shape, (None,) * len(shape))]
+            tensors[node.name] = [Tensor(shape, (None,) * len(shape), Ref(node.name))]
         elif node.op == "get_attr":
             tensors[node.name] = [labelled(Param(node.target))]
         elif node.op == "output":
             for dim in tensors[node.args[0].name][0].dims:
                 labels.freeze(dim, "the network's output")
         elif shape is not None:
-            outputs = list(shape) if isinstance(shape, list) else [shape]
             args = node.meta["args"]
             if node.meta["op"] == "getitem":  # picks one of several outputs
-                tensors[node.name] = [tensors[args[0].name][args[1]]]
+                tensors[node.name] = [tensors[args[0].name][args[1]]._replace(source=Ref(node.name))]
                 continue
-            names = {i: a.name for i, a in enumerate(args) if isinstance(a, Param)}
-            call = Call(node.meta["op"], fx.node.map_aggregate(args, labelled), names, outputs, labels, reads)
+            outputs = list(shape) if isinstance(shape, list) else [shape]
+            call = Call(node.meta["op"], fx.node.map_aggregate(args, labelled), outputs, labels, node.name, out.reads, out.writes,
+                        prune_head_dim)
+            inputs = list(_tensors(call.args))
             rule = RULES.get(call.op, no_rule)
-            if rule is no_rule:
-                unknown.setdefault(call.op, []).append(node.name)
+            if rule is no_rule and any(dim is not None for t in inputs for dim in t.dims):
+                out.unknown.setdefault(call.op, []).append(node.name)
             dims = rule(call)
             results = dims if isinstance(dims, list) else [dims]
-            tensors[node.name] = [Tensor(s, tuple(d)) for s, d in zip(outputs, results, strict=True)]
-            if call.op in WRITERS and 1 in names:
-                writes.append((names[1], 0))
+            weight = all(t.weight for t in inputs)
+            tensors[node.name] = [Tensor(s, tuple(d), Ref(node.name), weight) for s, d in zip(outputs, results, strict=True)]
 
     for glob in exclude:
         matched = [name for name in params if fnmatch.fnmatchcase(name.rpartition(".")[0], glob) or fnmatch.fnmatchcase(name, glob)]
@@ -121,7 +136,7 @@ def propagate(network: fx.GraphModule, exclude: tuple[str, ...] = ()) -> Labelle
         for name in matched:
             for dim in params[name].dims:
                 labels.freeze(dim, f"left whole by --exclude {glob}")
-    return Labelled(labels, tensors, params, list(dict.fromkeys(reads)), list(dict.fromkeys(writes)), unknown)
+    return out
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -130,16 +145,15 @@ def propagate(network: fx.GraphModule, exclude: tuple[str, ...] = ()) -> Labelle
 
 def no_rule(call: Call) -> list[tuple[Dim, ...]]:
     """An operator nobody described: whatever enters it stays whole."""
-    def freeze(value: Any) -> None:
-        if isinstance(value, Tensor):
-            for dim in value.dims:
-                call.labels.freeze(dim, f"no rule for operator {call.op}")
-        elif isinstance(value, (list, tuple)):
-            for item in value:
-                freeze(item)
-
-    freeze(call.args)
+    for tensor in _tensors(call.args):
+        for dim in tensor.dims:
+            call.labels.freeze(dim, f"no rule for operator {call.op}")
     return [(None,) * len(shape or ()) for shape in call.outputs]
+
+
+def constant(call: Call) -> tuple[Dim, ...]:
+    """Makes a tensor of its own; of its input it takes the type alone."""
+    return (None,) * len(call.shape)
 
 
 def elementwise(call: Call) -> tuple[Dim, ...]:
@@ -167,7 +181,7 @@ def like_first(call: Call) -> tuple[Dim, ...]:
 def spatial(call: Call) -> tuple[Dim, ...]:
     """Pooling, resizing: the last d axes must be unlabelled, d being the operator's (`max_pool2d`: two); the others pass."""
     x = call.args[0]
-    channels = len(x.shape) - int(call.op[-2])
+    channels = len(x.shape) - int(re.search(r"(\d)d", call.op)[1])
     return tuple(dim if i < channels else _stay_whole(call, dim, f"{call.op} over channels") for i, dim in enumerate(x.dims))
 
 
@@ -180,7 +194,7 @@ def conv(call: Call) -> tuple[Dim, ...]:
     per_group = weight.shape[1]
     if groups == 1:
         call.labels.join(channels, columns, "input of a layer that cannot be cut")
-        _reads(call)
+        _read(call, weight, 1)
     elif groups >= per_group:  # whole groups are the unit (depthwise: groups of one channel)
         call.labels.freeze(columns, "inside one group of a grouped convolution")
         unit = _tie(call, channels, (groups, per_group), axis=1)
@@ -189,7 +203,27 @@ def conv(call: Call) -> tuple[Dim, ...]:
     else:  # few wide groups: position j is cut in each of them
         call.labels.join(_tie(call, channels, (groups, per_group), axis=0), columns, "input of a layer that cannot be cut")
         _tie(call, rows, (groups, -1), axis=0)
-        _reads(call)
+        _read(call, weight, 1)
+    _write(call, weight, 0)
+    if bias is not None:
+        call.labels.join(rows, bias.dims[0])
+    return (x.dims[0], rows, *(None,) * (len(call.shape) - 2))
+
+
+def transposed_conv(call: Call) -> tuple[Dim, ...]:
+    """Reads dim 0 of the weight, writes dim 1."""
+    x, weight, bias, _, _, _, groups = call.args[:7]
+    for dim in (*x.dims[2:], *weight.dims[2:]):
+        call.labels.freeze(dim, "spatial positions of a convolution")
+    rows = weight.dims[1]
+    if groups == 1:
+        call.labels.join(x.dims[1], weight.dims[0], "input of a layer that cannot be cut")
+        _read(call, weight, 0)
+        _write(call, weight, 1)
+    else:
+        for dim in (x.dims[1], *weight.dims[:2]):
+            call.labels.freeze(dim, "grouped transposed convolution")
+        rows = None
     if bias is not None:
         call.labels.join(rows, bias.dims[0])
     return (x.dims[0], rows, *(None,) * (len(call.shape) - 2))
@@ -198,33 +232,81 @@ def conv(call: Call) -> tuple[Dim, ...]:
 def linear(call: Call) -> tuple[Dim, ...]:
     x, weight, bias = call.args
     call.labels.join(x.dims[-1], weight.dims[1], "input of a layer that cannot be cut")
-    _reads(call)
+    _read(call, weight, 1)
+    _write(call, weight, 0)
     if bias is not None:
         call.labels.join(weight.dims[0], bias.dims[0])
     return (*x.dims[:-1], weight.dims[0])
 
 
-def product(call: Call) -> tuple[Dim, ...]:
-    """Matrix product of two activations: how many channels it contracts sets the softmax scale, so they stay."""
+def matmul(call: Call) -> tuple[Dim, ...]:
     a, b = call.args[:2]
-    for dim in (a.dims[-1], b.dims[-2] if len(b.dims) > 1 else b.dims[-1]):
-        call.labels.freeze(dim, "contracted between two activations (head dimension of q·k)")
-    if len(a.shape) < 2 or len(b.shape) < 2:
+    batch = [f"batch{i}" for i in range(len(call.shape), 0, -1)]
+    of_a = [*batch[len(batch) - len(a.shape) + 2:], "row", "inner"] if len(a.shape) > 1 else ["inner"]
+    of_b = [*batch[len(batch) - len(b.shape) + 2:], "inner", "column"] if len(b.shape) > 1 else ["inner"]
+    out = [*batch[len(batch) - max(len(a.shape), len(b.shape)) + 2:]]
+    return _contract(call, a, b, of_a, of_b, out + ["row"] * (len(a.shape) > 1) + ["column"] * (len(b.shape) > 1))
+
+
+def add_product(call: Call) -> tuple[Dim, ...]:
+    """bias + a @ b."""
+    bias, a, b = call.args[:3]
+    dims = matmul(call.part((a, b), call.shape))
+    return elementwise(call.part((bias, Tensor(call.shape, dims)), call.shape))
+
+
+def einsum(call: Call) -> tuple[Dim, ...]:
+    equation, operands = call.args[:2]
+    inputs, _, output = equation.replace(" ", "").partition("->")
+    letters = inputs.split(",")
+    if len(operands) != 2 or "." in equation or "->" not in equation or any(len(set(x)) < len(x) for x in letters):
         return no_rule(call)[0]
-    batch = elementwise(Call(call.op, (Tensor(a.shape[:-2], a.dims[:-2]), Tensor(b.shape[:-2], b.dims[:-2])), {},
-                             [call.shape[:-2]], call.labels, call.reads))
-    return (*batch, a.dims[-2], b.dims[-1])
+    return _contract(call, *operands, *map(list, letters), list(output))
+
+
+def _contract(call: Call, a: Tensor, b: Tensor, of_a: list[str], of_b: list[str], out: list[str]) -> tuple[Dim, ...]:
+    """Sum of products over the axes that two tensors share and the output lacks; axes are named."""
+    weight = a if a.weight else b
+    dims: dict[str, Dim] = {}
+    for name in dict.fromkeys(of_a + of_b):
+        places = [(t, names.index(name)) for t, names in ((a, of_a), (b, of_b)) if name in names]
+        if len(places) == 1:
+            (tensor, axis), = places
+            dims[name] = tensor.dims[axis]
+            if name not in out:
+                dims[name] = _stay_whole(call, dims[name], f"{call.op} sums over channels")
+            elif tensor.weight:
+                _write(call, tensor, axis)
+        elif name in out:
+            axes = tuple(Tensor((t.shape[axis],), (t.dims[axis],)) for t, axis in places)
+            (dims[name],) = elementwise(call.part(axes, (max(t.shape[0] for t in axes),)))
+        else:
+            tensor, axis = places[0] if weight is a else places[1]
+            _contracted(call, *(t.dims[i] for t, i in places), tensor, axis)
+    return tuple(dims[name] for name in out)
+
+
+def _contracted(call: Call, a: Dim, b: Dim, operand: Tensor, axis: int) -> None:
+    """Joins two contracted dimensions; axis `axis` of `operand` is one of them, and takes the gate.
+
+    A weight reads what it contracts. Between two activations, how many channels they contract sets the softmax scale of
+    attention, so these stay unless asked for."""
+    if operand.weight or call.prune_head_dim:
+        call.labels.join(a, b, "input of a layer that cannot be cut")
+        call.reads.append(Use(operand.source, axis, call.node))
+    else:
+        for dim in (a, b):
+            call.labels.freeze(dim, HEAD_DIM)
 
 
 def attention(call: Call) -> tuple[Dim, ...]:
     """Scaled dot-product attention: q (…, L, E), k (…, S, E), v (…, S, Ev)."""
     q, k, v, mask = call.args[:4]
-    for dim in (q.dims[-1], k.dims[-1]):
-        call.labels.freeze(dim, "contracted between two activations (head dimension of q·k)")
+    _contracted(call, q.dims[-1], k.dims[-1], q, len(q.dims) - 1)
     for tokens in (q.dims[-2], k.dims[-2], v.dims[-2]):
         call.labels.freeze(tokens, "tokens of attention")
     heads = [Tensor(t.shape[:-2], t.dims[:-2]) for t in (q, k, v)]
-    if q.shape[:-2] != k.shape[:-2]:  # grouped queries: several heads of q share one of k
+    if any(n not in (1, m) for n, m in zip(k.shape[:-2], q.shape[:-2])):  # several heads of q share one of k, but not all of them
         for dim in (d for t in heads for d in t.dims):
             call.labels.freeze(dim, "heads of grouped-query attention")
         return (*(None,) * (len(call.shape) - 1), v.dims[-1])
@@ -232,8 +314,7 @@ def attention(call: Call) -> tuple[Dim, ...]:
         for tokens in mask.dims[-2:]:
             call.labels.freeze(tokens, "tokens of attention")
         heads.append(Tensor(mask.shape[:-2], mask.dims[:-2]))
-    batch = elementwise(Call(call.op, tuple(heads), {}, [call.shape[:-2]], call.labels, call.reads))
-    return (*batch, None, v.dims[-1])
+    return (*elementwise(call.part(tuple(heads), call.shape[:-2])), None, v.dims[-1])
 
 
 def batch_norm(call: Call) -> tuple[Dim, ...]:
@@ -241,9 +322,9 @@ def batch_norm(call: Call) -> tuple[Dim, ...]:
     for tensor in affine:
         if tensor is not None:
             call.labels.join(x.dims[1], tensor.dims[0])
-    # Statistics of the batch are taken over all other axes.
-    return tuple(dim if i == 1 or not call.args[5] else _stay_whole(call, dim, "normalised over channels")
-                 for i, dim in enumerate(x.dims))
+    # Statistics of the batch are taken over all other axes. Of a weight (weight standardisation) they are those of what is left.
+    passes = x.weight or not call.args[5]
+    return tuple(dim if i == 1 or passes else _stay_whole(call, dim, "normalised over channels") for i, dim in enumerate(x.dims))
 
 
 def layer_norm(call: Call) -> tuple[Dim, ...]:
@@ -253,6 +334,41 @@ def layer_norm(call: Call) -> tuple[Dim, ...]:
             for dim, own in zip(x.dims[-len(normalized):], tensor.dims, strict=True):
                 call.labels.join(dim, own)
     return x.dims
+
+
+def rms_norm(call: Call) -> tuple[Dim, ...]:
+    return layer_norm(replace(call, args=call.args[:3]))
+
+
+def instance_norm(call: Call) -> tuple[Dim, ...]:
+    x, *affine = call.args[:5]
+    for tensor in affine:
+        if tensor is not None:
+            call.labels.join(x.dims[1], tensor.dims[0])
+    return tuple(dim if i < 2 else _stay_whole(call, dim, "normalised over channels") for i, dim in enumerate(x.dims))
+
+
+def prelu(call: Call) -> tuple[Dim, ...]:
+    x, slope = call.args
+    if slope.shape[0] > 1:
+        call.labels.join(x.dims[1], slope.dims[0])
+    return x.dims
+
+
+def lstm(call: Call) -> list[tuple[Dim, ...]]:
+    """Each direction reads the input through one weight; what it computes stays whole."""
+    x, state, weights, has_biases, layers, _, _, bidirectional = call.args[:8]
+    inputs = weights[:: 4 if has_biases else 2][:1 + bidirectional] if layers == 1 else []
+    for tensor in (*state, *weights):
+        for axis, dim in enumerate(tensor.dims):
+            if axis != 1 or not any(tensor is w for w in inputs):
+                call.labels.freeze(dim, "hidden state of an LSTM")
+    for weight in inputs:
+        call.labels.join(x.dims[-1], weight.dims[1], "input of a layer that cannot be cut")
+        _read(call, weight, 1)
+    for dim in x.dims if not inputs else x.dims[:-1]:
+        call.labels.freeze(dim, "steps of an LSTM")
+    return [(None,) * len(shape) for shape in call.outputs]
 
 
 def group_norm(call: Call) -> tuple[Dim, ...]:
@@ -324,15 +440,47 @@ def expand(call: Call) -> tuple[Dim, ...]:
         for dim, before, after in zip(x.dims, x.shape, call.shape[lead:], strict=True))
 
 
+def expand_as(call: Call) -> tuple[Dim, ...]:
+    """Repeated along axes of length 1, whose labels are then those of the other tensor."""
+    return elementwise(call.part(call.args[:2], call.shape))
+
+
+def repeat(call: Call) -> tuple[Dim, ...]:
+    x, times = call.args[:2]
+    lead = len(times) - len(x.shape)
+    return (None,) * lead + tuple(None if dim is None else np.tile(dim, n) for dim, n in zip(x.dims, times[lead:], strict=True))
+
+
+def repeat_interleave(call: Call) -> tuple[Dim, ...]:
+    x, times, axis = call.args[:3]
+    if type(times) is not int or axis is None:
+        return no_rule(call)[0]
+    return tuple(np.repeat(dim, times) if i == axis % len(x.shape) and dim is not None else dim for i, dim in enumerate(x.dims))
+
+
+def norm(call: Call) -> tuple[Dim, ...]:
+    """Vector norm over dimensions: (x, order, dims)."""
+    return reduce(call.part((call.args[0], call.args[2] if len(call.args) > 2 else None), call.shape))
+
+
 def reduce(call: Call) -> tuple[Dim, ...]:
-    """Mean, sum, max over dimensions: these must be unlabelled."""
+    """Mean, sum, max over dimensions: these must be unlabelled, but for the statistics of a normalisation written out (an RMS
+    norm as `x * rsqrt(mean(x**2, dim, keepdim=True))`), which are then those of the kept channels, as in a layer norm."""
     x, axes = call.args[0], call.args[1] if len(call.args) > 1 else None
     axes = [axes] if type(axes) is int else axes if isinstance(axes, (list, tuple)) else []  # mean(), var(unbiased), ...: all
     axes = {axis % len(x.shape) for axis in axes or range(len(x.shape))}
-    for axis in axes:
-        call.labels.freeze(x.dims[axis], f"{call.op} over channels")
     keep = len(call.shape) == len(x.shape)
+    if not (keep and call.op in STATISTICS):
+        for axis in axes:
+            call.labels.freeze(x.dims[axis], f"{call.op} over channels")
     return tuple(None if i in axes else dim for i, dim in enumerate(x.dims) if keep or i not in axes)
+
+
+def reduce_twice(call: Call) -> list[tuple[Dim, ...]]:
+    """Values and indices, or variance and mean; `max(a, b)` of two tensors is element-wise."""
+    if len(call.args) > 1 and isinstance(call.args[1], Tensor):
+        return [elementwise(call)]
+    return [reduce(call.part(call.args, shape)) for shape in call.outputs]
 
 
 def along(call: Call) -> tuple[Dim, ...]:
@@ -343,9 +491,9 @@ def along(call: Call) -> tuple[Dim, ...]:
 
 
 def roll(call: Call) -> tuple[Dim, ...]:
-    x, _, axes = call.args
+    x, axes = call.args[0], call.args[-1]
     axes = {axis % len(x.shape) for axis in axes} or set(range(len(x.shape)))
-    return tuple(_stay_whole(call, dim, "roll over channels") if i in axes else dim for i, dim in enumerate(x.dims))
+    return tuple(_stay_whole(call, dim, f"{call.op} over channels") if i in axes else dim for i, dim in enumerate(x.dims))
 
 
 def pad(call: Call) -> tuple[Dim, ...]:
@@ -358,12 +506,18 @@ def pad(call: Call) -> tuple[Dim, ...]:
 def cat(call: Call) -> tuple[Dim, ...]:
     inputs, axis = call.args[0], call.args[1] if len(call.args) > 1 else 0
     axis %= len(call.shape)
-    out = list(elementwise(Call(call.op, tuple(Tensor(_without(t.shape, axis), _without(t.dims, axis)) for t in inputs), {},
-                                [_without(call.shape, axis)], call.labels, call.reads)))
+    others = tuple(Tensor(_without(t.shape, axis), _without(t.dims, axis)) for t in inputs)
+    out = elementwise(call.part(others, _without(call.shape, axis)))
     joined = None
     if any(t.dims[axis] is not None for t in inputs):
         joined = np.concatenate([np.full(t.shape[axis], FIXED) if t.dims[axis] is None else t.dims[axis] for t in inputs])
     return (*out[:axis], joined, *out[axis:])
+
+
+def stack(call: Call) -> tuple[Dim, ...]:
+    inputs, axis = call.args[0], (call.args[1] if len(call.args) > 1 else 0) % len(call.shape)
+    out = elementwise(call.part(tuple(inputs), _without(call.shape, axis)))
+    return (*out[:axis], None, *out[axis:])
 
 
 def split(call: Call) -> list[tuple[Dim, ...]]:
@@ -391,29 +545,110 @@ def select(call: Call) -> tuple[Dim, ...]:
 
 
 def unbind(call: Call) -> list[tuple[Dim, ...]]:
-    return [select(Call(call.op, (call.args[0], call.args[1] if len(call.args) > 1 else 0), {}, [s], call.labels, call.reads))
-            for s in call.outputs]
+    return [select(call.part((call.args[0], call.args[1] if len(call.args) > 1 else 0), shape)) for shape in call.outputs]
+
+
+def glu(call: Call) -> tuple[Dim, ...]:
+    """First half times a function of the second."""
+    x, axis = call.args[0], (call.args[1] if len(call.args) > 1 else -1) % len(call.args[0].shape)
+    half = call.shape[axis]
+    return tuple(dim if i != axis or dim is None else call.labels.join(dim[:half], dim[half:]) for i, dim in enumerate(x.dims))
 
 
 def index(call: Call) -> tuple[Dim, ...]:
-    """`table[indices]`: the first dimension is picked from, the others pass. Other forms have no rule."""
+    """`x[i, :, j]`: what is indexed must be unlabelled; the rest passes. Gaps between indices move their axes to the front."""
     x, indices = call.args
-    if len(indices) != 1 or not isinstance(indices[0], Tensor):
-        return no_rule(call)[0]
-    call.labels.freeze(x.dims[0], "indexed")
-    return (None,) * len(indices[0].shape) + x.dims[1:]
+    used = [i for i, t in enumerate(indices) if isinstance(t, Tensor)]
+    rank = max((len(indices[i].shape) for i in used), default=0)
+    for i in used:
+        for dim in (x.dims[i], *indices[i].dims):
+            call.labels.freeze(dim, "indexed")
+    rest = [dim for i, dim in enumerate(x.dims) if i not in used]
+    front = used[0] if used and used == list(range(used[0], used[-1] + 1)) else 0
+    out = (*rest[:front], *(None,) * rank, *rest[front:])
+    return out if len(out) == len(call.shape) else no_rule(call)[0]  # a mask takes several axes
+
+
+def index_select(call: Call) -> tuple[Dim, ...]:
+    x, axis = call.args[:2]
+    return tuple(_stay_whole(call, dim, "indexed") if i == axis % len(x.shape) else dim for i, dim in enumerate(x.dims))
+
+
+def embedding(call: Call) -> tuple[Dim, ...]:
+    table, indices = call.args[:2]
+    call.labels.freeze(table.dims[0], "indexed")
+    return (None,) * len(indices.shape) + table.dims[1:]
+
+
+def im2col(call: Call) -> tuple[Dim, ...]:
+    """Patches as columns: channel c becomes the channels (c, position in the patch)."""
+    x = call.args[0]
+    for dim in x.dims[2:]:
+        call.labels.freeze(dim, "im2col over channels")
+    return (x.dims[0], call.labels.merge([x.dims[1], None], [x.shape[1], call.shape[1] // x.shape[1]]), None)
+
+
+def col2im(call: Call) -> tuple[Dim, ...]:
+    """The inverse of `im2col`: sums patches."""
+    x = call.args[0]
+    channels, patch = call.labels.split(x.dims[1], [call.shape[1], x.shape[1] // call.shape[1]])
+    for dim in (patch, x.dims[2]):
+        call.labels.freeze(dim, "col2im over channels")
+    return (x.dims[0], channels, None, None)
+
+
+def unfold(call: Call) -> tuple[Dim, ...]:
+    """Sliding windows along one axis, which come last."""
+    x, axis = call.args[:2]
+    return (*(_stay_whole(call, dim, "unfold over channels") if i == axis % len(x.shape) else dim for i, dim in enumerate(x.dims)), None)
+
+
+def pixel_shuffle(call: Call) -> tuple[Dim, ...]:
+    x, factor = call.args
+    channels, position = call.labels.split(x.dims[-3], [call.shape[-3], factor * factor])
+    for dim in (position, *x.dims[-2:]):
+        call.labels.freeze(dim, "pixel_shuffle over channels")
+    return (*x.dims[:-3], channels, None, None)
+
+
+def pixel_unshuffle(call: Call) -> tuple[Dim, ...]:
+    x, factor = call.args
+    for dim in x.dims[-2:]:
+        call.labels.freeze(dim, "pixel_unshuffle over channels")
+    return (*x.dims[:-3], call.labels.merge([x.dims[-3], None], [x.shape[-3], factor * factor]), None, None)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Helpers of the rules
 
 
-def _reads(call: Call) -> None:
-    """Records that the weight contracts its dim 1 with a labelled dimension. A weight that is computed cannot take a gate."""
-    if 1 in call.params:
-        call.reads.append((call.params[1], 1))
+#: Reductions that a normalisation is made of.
+STATISTICS = ("mean", "var", "std", "var_mean", "std_mean", "linalg_vector_norm", "norm")
+#: Why channels that two activations contract stay whole.
+HEAD_DIM = "contracted between two activations (head dimension of q·k)"
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    """All tensors among the arguments of a call."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            yield from _tensors(item)
+
+
+def _read(call: Call, operand: Tensor, dim: int) -> None:
+    """Records that an operand contracts a labelled dimension. A weight that depends on the image is not cut."""
+    if operand.weight:
+        call.reads.append(Use(operand.source, dim, call.node))
     else:
-        call.labels.freeze(call.args[1].dims[1], "read by a weight that is computed")
+        call.labels.freeze(operand.dims[dim], "read by a weight that depends on the image")
+
+
+def _write(call: Call, operand: Tensor, dim: int) -> None:
+    """Records that a weight makes the channels of the output."""
+    if operand.weight:
+        call.writes.append(Use(operand.source, dim, call.node))
 
 
 def _tie(call: Call, dim: Dim, grid: tuple[int, int], axis: int) -> Dim:
@@ -435,27 +670,37 @@ def _without(items: tuple, axis: int) -> tuple:
     return items[:axis] + items[axis + 1:]
 
 
-_ELEMENTWISE = """abs add clamp clone contiguous copy detach div dropout drop_path elu erf exp feature_dropout floor gelu hardsigmoid hardswish
-    hardtanh leaky_relu log log1p maximum minimum mish mul neg pow reciprocal relu relu6 rsqrt rsub sigmoid silu sin cos softplus
-    sqrt square sub tanh to _to_copy type_as where masked_fill true_divide""".split()
+_ELEMENTWISE = """abs acos add addcdiv addcmul asin atan atan2 bitwise_and bitwise_not bitwise_or ceil celu clamp clamp_max clamp_min
+    clone contiguous copy cos cosh detach div dropout drop_path elu eq erf erfc exp exp2 expm1 feature_dropout floor floor_divide fmod
+    frac ge gelu gt hardshrink hardsigmoid hardswish hardtanh isfinite isinf isnan le leaky_relu lerp log log10 log1p log2 log_sigmoid
+    logical_and logical_not logical_or lt masked_fill maximum minimum mish mul multiply nan_to_num ne neg pow reciprocal relu relu6
+    remainder round rsqrt rsub selu sigmoid sign silu sin sinh softplus softshrink sqrt square sub tan tanh threshold to _to_copy
+    true_divide trunc type_as where zeros_like ones_like full_like""".split()
+_CONSTANT = "arange empty eye full linspace new_empty new_full new_ones new_zeros ones scalar_tensor zeros".split()
 
 RULES: dict[str, Callable[[Call], Any]] = {
     **dict.fromkeys(_ELEMENTWISE, elementwise),
+    **dict.fromkeys(_CONSTANT, constant),
     **dict.fromkeys(("conv1d", "conv2d", "conv3d"), conv),
-    "linear": linear,
-    "matmul": product, "bmm": product,
-    "scaled_dot_product_attention": attention,
-    "batch_norm": batch_norm, "layer_norm": layer_norm, "group_norm": group_norm,
+    **dict.fromkeys(("conv_transpose1d", "conv_transpose2d", "conv_transpose3d"), transposed_conv),
+    "linear": linear, "matmul": matmul, "bmm": matmul, "addmm": add_product, "baddbmm": add_product, "einsum": einsum,
+    "scaled_dot_product_attention": attention, "lstm": lstm,
+    "batch_norm": batch_norm, "layer_norm": layer_norm, "rms_norm": rms_norm, "group_norm": group_norm,
+    "instance_norm": instance_norm, "prelu": prelu,
     **dict.fromkeys(RESHAPES, reshape),
-    "permute": permute, "transpose": transpose, "t": transpose, "expand": expand,
-    **dict.fromkeys(("mean", "sum", "amax", "amin", "var", "std"), reduce),
+    "permute": permute, **dict.fromkeys(("transpose", "swapaxes", "swapdims", "t"), transpose),
+    **dict.fromkeys(("expand", "broadcast_to"), expand), "expand_as": expand_as,
+    **dict.fromkeys(("repeat", "tile"), repeat), "repeat_interleave": repeat_interleave,
+    **dict.fromkeys(("mean", "sum", "amax", "amin", "var", "std", "logsumexp", "argmax", "argmin", "prod", "any", "all"), reduce),
+    **dict.fromkeys(("max", "min", "median", "var_mean", "std_mean"), reduce_twice),
+    **dict.fromkeys(("linalg_vector_norm", "norm"), norm),
     **dict.fromkeys(("softmax", "log_softmax", "cumsum"), along),
-    **dict.fromkeys(("max_pool1d", "max_pool2d", "avg_pool1d", "avg_pool2d", "adaptive_avg_pool1d", "adaptive_avg_pool2d",
-                     "upsample_nearest2d", "upsample_bilinear2d", "upsample_bicubic2d"), spatial),
-    "roll": roll, "pad": pad, "constant_pad_nd": pad, "cat": cat,
+    **dict.fromkeys(("max_pool1d", "max_pool2d", "max_pool3d", "avg_pool1d", "avg_pool2d", "avg_pool3d", "adaptive_avg_pool1d",
+                     "adaptive_avg_pool2d", "adaptive_avg_pool3d", "upsample_linear1d", "upsample_nearest2d", "upsample_bilinear2d",
+                     "upsample_bicubic2d", "_upsample_bilinear2d_aa", "_upsample_bicubic2d_aa"), spatial),
+    "roll": roll, "flip": roll, "pad": pad, "constant_pad_nd": pad, "cat": cat, "stack": stack,
     **dict.fromkeys(("split", "chunk", "split_with_sizes"), split),
-    "slice": slice_, "select": select, "unbind": unbind, "index": index,
+    "slice": slice_, "select": select, "unbind": unbind, "glu": glu,
+    "index": index, "index_select": index_select, "embedding": embedding,
+    "im2col": im2col, "col2im": col2im, "unfold": unfold, "pixel_shuffle": pixel_shuffle, "pixel_unshuffle": pixel_unshuffle,
 }
-
-#: Operators whose weight's dim 0 makes the output's channels.
-WRITERS = ("conv1d", "conv2d", "conv3d", "linear")

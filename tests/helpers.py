@@ -9,9 +9,10 @@ from torch import fx, nn
 from torch.func import functional_call
 
 from s2h_cli.cost import count_macs
-from s2h_cli.graph import Captured, capture
+from s2h_cli.graph import Captured, Param, Ref, capture, tensors_of
 from s2h_cli.plan import Plan, Space
-from s2h_cli.rebuild import kept_indices, rebuild, resize, skeleton, slice_parameters
+from s2h_cli.rules import STATISTICS
+from s2h_cli.rebuild import insert_gates, kept_indices, rebuild, resize, skeleton, slice_parameters
 
 
 def randomise(module: nn.Module, seed: int = 0) -> nn.Module:
@@ -60,13 +61,29 @@ def exact_groups(network: fx.GraphModule, space: Space) -> list[bool]:
     """For each group, whether no normalisation takes its mean over these channels: there, cutting equals zeroing."""
     normalised: set[int] = set()
     for node in network.graph.nodes:
-        op = node.meta.get("op")
-        if op in ("layer_norm", "group_norm"):
-            axes = [1] if op == "group_norm" else range(-len(node.meta["args"][1]), 0)
-            for axis in axes:
-                parts = space.tensors[node.name][0][axis]
+        if node.meta.get("op") in NORMS:
+            for axis in normalised_axes(node):
+                parts = space.tensors[node.args[0].name][0][axis]
                 normalised.update([] if parts is None else parts.ravel().tolist())
     return [not normalised.intersection(range(g.start, g.stop)) for g in space.groups]
+
+
+#: Normalisations that may take statistics over channels; batch norm does of a weight (weight standardisation).
+NORMS = ("layer_norm", "rms_norm", "group_norm", "batch_norm", *STATISTICS)
+
+
+def normalised_axes(node: fx.Node) -> list[int]:
+    """The axes that a normalisation takes its statistics over, but for the batch and space of images."""
+    op, args, rank = node.meta["op"], node.meta["args"], len(node.meta["shape"])
+    if op in STATISTICS:
+        axes = args[2 if "norm" in op else 1]
+        rank = len(node.args[0].meta["shape"])
+        return [axis % rank for axis in ([axes] if type(axes) is int else axes or range(rank))]
+    if op == "group_norm":
+        return [1]
+    if op == "batch_norm":
+        return [axis for axis in range(rank) if axis != 1] if args[5] else []
+    return list(range(rank - len(args[1]), rank))
 
 
 class Masked(fx.Interpreter):
@@ -78,34 +95,55 @@ class Masked(fx.Interpreter):
 
     def run_node(self, node: fx.Node):
         op = node.meta.get("op")
-        if op not in ("layer_norm", "group_norm"):
+        dims = self.plan.space.tensors[node.args[0].name][0] if op in NORMS else []
+        if op not in NORMS or all(dims[axis] is None for axis in normalised_axes(node)):
             return super().run_node(node)
-        x, _ = self.fetch_args_kwargs_from_env(node)
-        x, args = x[0], node.meta["args"]
-        dims = self.plan.space.tensors[node.name][0]
+        (x, *rest), kwargs = self.fetch_args_kwargs_from_env(node)
+        args = node.meta["args"]
+        if op in STATISTICS:
+            for axis in normalised_axes(node):
+                if dims[axis] is not None:
+                    x = x.index_select(axis, torch.from_numpy(self.plan.kept(dims[axis])).nonzero().squeeze(1))
+            return node.target(x, *rest, **kwargs)
         keep = torch.ones_like(x)
         for axis, parts in enumerate(dims):
             if parts is not None:
                 shape = [-1 if i == axis else 1 for i in range(x.ndim)]
                 keep = keep * torch.from_numpy(self.plan.kept(parts)).reshape(shape)
-        rows = (len(x), args[1], -1) if op == "group_norm" else (*x.shape[:-len(args[1])], -1)
-        flat, mask = x.reshape(rows), keep.reshape(rows)
+        if op == "group_norm":
+            affine, eps, shape = args[2:4], args[4], (-1, *(1,) * (x.ndim - 2))
+            rows = lambda t: t.reshape(len(x), args[1], -1)  # noqa: E731
+        elif op == "batch_norm":
+            affine, eps, shape = args[1:3], args[7], (-1, *(1,) * (x.ndim - 2))
+            rows = lambda t: t.transpose(0, 1).reshape(x.shape[1], -1)  # noqa: E731
+        else:
+            affine, eps, shape = (args[2:4], args[4], args[1]) if op == "layer_norm" else (args[2:3], args[3], args[1])
+            rows = lambda t: t.reshape(*x.shape[:-len(args[1])], -1)  # noqa: E731
+        flat, mask = rows(x), rows(keep)
         count = mask.sum(-1, keepdim=True).clamp(min=1)
-        centred = (flat - (flat * mask).sum(-1, keepdim=True) / count) * mask
-        y = (centred / ((centred ** 2).sum(-1, keepdim=True) / count + args[4]).sqrt()).reshape(x.shape)
-        weight, bias = (a and self.module.state_dict()[a.name] for a in args[2:4])
-        shape = (-1, *(1,) * (x.ndim - 2)) if op == "group_norm" else args[1]
-        y = y if weight is None else y * weight.reshape(shape)
-        return y if bias is None else y + bias.reshape(shape)
+        centred = flat * mask if op == "rms_norm" else (flat - (flat * mask).sum(-1, keepdim=True) / count) * mask
+        y = centred / ((centred ** 2).sum(-1, keepdim=True) / count + (eps or torch.finfo(x.dtype).eps)).sqrt()
+        y = y.reshape(x.transpose(0, 1).shape).transpose(0, 1) if op == "batch_norm" else y.reshape(x.shape)
+        for tensor, combine in zip(affine, (torch.mul, torch.add)):
+            if tensor is not None:
+                value = self.env_of(tensor)
+                y = combine(y, value.reshape(shape))
+        return y
+
+    def env_of(self, reference: Ref | Param) -> torch.Tensor:
+        if isinstance(reference, Param):
+            return tensors_of(self.module)[reference.name]
+        return next(value for node, value in self.env.items() if node.name == reference.name)
 
 
 def zero_reads(network: fx.GraphModule, plan: Plan) -> fx.GraphModule:
     """The full network, deaf to the removed channels."""
-    deaf = copy.deepcopy(network)
+    deaf = copy.deepcopy(insert_gates(network, plan.space))
+    computed = [(name, use.dim, plan.space.tensors[use.operand.name][0][use.dim]) for name, use in plan.space.gates.items()]
     with torch.no_grad():
-        for name, dim in plan.space.reads:
-            gone = np.flatnonzero(~plan.kept(plan.space.params[name][dim]))
-            deaf.get_parameter(name).index_fill_(dim, torch.from_numpy(gone), 0)
+        for name, dim, parts in computed + [(name, dim, plan.space.params[name][dim]) for name, dim in plan.space.reads]:
+            gone = np.flatnonzero(~plan.kept(parts))
+            tensors_of(deaf)[name].index_fill_(dim, torch.from_numpy(gone), 0)
     return deaf
 
 

@@ -92,18 +92,22 @@ def norm(groups: int):
 # -- operators without a rule, or over channels: frozen, with the reason ----------------------------------------------
 
 middle("mystery", lambda n, x: n.c(mystery(n.b(x))), "no rule for operator s2h_test::mystery")
-middle("transposed", lambda n, x: n.e(n.d(n.b(x))), "no rule for operator conv_transpose2d",
-       d=lambda: nn.ConvTranspose2d(16, 8, 2, 2), e=lambda: conv(8, 16))
-middle("glu", lambda n, x: n.e(F.glu(n.b(x), 1)), "glu", e=lambda: conv(8, 16))
+middle("transposed_in_groups", lambda n, x: n.e(n.d(n.b(x))), "grouped transposed convolution",
+       d=lambda: nn.ConvTranspose2d(16, 8, 2, 2, groups=2), e=lambda: conv(8, 16))
 middle("softmax", lambda n, x: n.c(n.b(x).softmax(1)), "softmax over channels")
 middle("roll", lambda n, x: n.c(x + n.b(x).roll(3, 1)), "roll over channels")
-middle("flip", lambda n, x: n.c(x + n.b(x).flip(1)), "no rule for operator flip")
-middle("mean_over_channels", lambda n, x: n.c(n.b(x) * n.b(x).mean(1, keepdim=True)), "mean over channels")
+middle("flip", lambda n, x: n.c(x + n.b(x).flip(1)), "flip over channels")
+middle("mean_over_channels", lambda n, x: n.c(n.b(x) * n.b(x).mean(1)[:, None]), "mean over channels")
+middle("max_over_channels", lambda n, x: n.c(n.b(x) * n.b(x).max(1, keepdim=True)[0]), "max over channels")
 middle("mean_over_all", lambda n, x: n.c(n.b(x) - n.b(x).mean()), "mean over channels")
 middle("index", lambda n, x: n.c(n.b(x)[:, [3, 1, 2, 0, *range(4, 16)]]), "index")
-middle("pixel_shuffle", lambda n, x: n.e(F.pixel_shuffle(n.b(x), 2)), "pixel_shuffle", e=lambda: conv(4, 16))
-middle("einsum", lambda n, x: torch.einsum("bchw,dc->bdhw", n.b(x), n.c.weight[:, :, 0, 0]), "no rule for operator einsum")
-middle("instance_norm", lambda n, x: n.c(n.n(n.b(x))), "instance_norm", n=lambda: nn.InstanceNorm2d(16, affine=True))
+middle("einsum_of_three", lambda n, x: n.c(torch.einsum("bchw,c,c->bchw", n.b(x), n.s, n.s)), "no rule for operator einsum",
+       s=lambda: nn.Parameter(torch.randn(16)))
+middle("einsum_of_activations", lambda n, x: n.e(torch.einsum("bchw,bcij->bhwij", n.b(x), n.c(x)).flatten(3)), "head dimension",
+       e=lambda: conv(8, 16))
+middle("sorted_channels", lambda n, x: n.c(n.b(x).sort(1)[0]), "no rule for operator sort")
+middle("weight_from_the_image", lambda n, x: n.e(F.conv2d(n.b(x), n.c.weight * n.b(x).amax())),
+       "read by a weight that depends on the image", e=lambda: conv(16, 16), u=lambda: conv(16, 8))
 middle("strided_slice", lambda n, x: n.e(n.b(x)[:, ::2]), "strided slice of channels", e=lambda: conv(8, 16))
 middle("cumsum", lambda n, x: n.c(n.b(x).cumsum(1)), "cumsum over channels")
 middle("constant_added", lambda n, x: n.c(n.b(x) + torch.arange(16.).view(16, 1, 1)), "cannot be cut")
@@ -182,6 +186,92 @@ middle("computed_weight", lambda n, x: F.conv2d(n.c(x), n.b.weight * n.g, n.b.bi
 middle("transposed_weight", lambda n, x: F.conv2d(F.relu(n.b(x)), n.b.weight.transpose(0, 1)))
 middle("standardised_weight", lambda n, x: n.c(standardised(n, x * n.e(x.mean((2, 3), keepdim=True)).sigmoid())),
        e=lambda: conv(16, 16))
+
+
+def rms(y, dim):
+    return y * (y.pow(2).mean(dim, keepdim=True) + 1e-6).rsqrt()
+
+
+def response_norm(n, y):
+    """Global response normalisation (ConvNeXt-V2)."""
+    size = y.norm(p=2, dim=(2, 3), keepdim=True)
+    return y + torch.addcmul(n.off, n.s, y * (size / (size.mean(1, keepdim=True) + 1e-6)))
+
+
+def rotate(q, angles):
+    """Rotary embedding of channel pairs."""
+    half = torch.stack([-q[..., 1::2], q[..., ::2]], -1).reshape(q.shape)
+    return q * angles.cos() + half * angles.sin()
+
+
+def heads(n, x, count=4):
+    return n.qkv(x).reshape(x.shape[0], 64, 3, count, -1).permute(2, 0, 3, 1, 4).unbind(0)
+
+
+def attend(n, x, q, k, v):
+    return n.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(x.shape[0], 64, -1))
+
+
+def attend_by_hand(n, x):
+    q, k, v = heads(n, x)
+    return n.proj((((q * 0.5) @ k.transpose(-2, -1)).softmax(-1) @ v).transpose(1, 2).reshape(x.shape[0], 64, -1))
+
+
+def one_key_for_all(n, x):
+    """Multi-query attention: four heads of queries, one of keys and values."""
+    q = n.l(x).reshape(x.shape[0], 64, 4, 4).transpose(1, 2)
+    k, v = (layer(x)[:, None] for layer in (n.k, n.v))
+    return n.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(x.shape[0], 64, -1))
+
+
+ATTENTION = dict(base=Tokens, qkv=lambda: nn.Linear(16, 48), proj=lambda: nn.Linear(16, 16))
+middle("attention", lambda n, x: x + attend(n, x, *heads(n, x)), free={4}, **ATTENTION)
+middle("attention_by_hand", lambda n, x: x + attend_by_hand(n, x), free={4}, **ATTENTION)
+middle("rotary_attention", lambda n, x: x + attend(n, x, *(rotate(t, n.at) for t in heads(n, x)[:2]), heads(n, x)[2]), free={4},
+       at=lambda: torch.randn(64, 4), **ATTENTION)
+middle("cosine_attention", lambda n, x: x + attend(n, x, *(F.normalize(t, dim=-1) for t in heads(n, x)[:2]), heads(n, x)[2]),
+       free={4}, **ATTENTION)
+middle("one_key_for_all", lambda n, x: x + one_key_for_all(n, x), free={4}, base=Tokens, l=lambda: nn.Linear(16, 16),
+       k=lambda: nn.Linear(16, 4), v=lambda: nn.Linear(16, 4), proj=lambda: nn.Linear(16, 16))
+middle("transposed", lambda n, x: n.e(n.d(n.b(x))), free={16, 8}, d=lambda: nn.ConvTranspose2d(16, 8, 2, 2), e=lambda: conv(8, 16))
+middle("glu", lambda n, x: n.e(F.glu(n.b(x), 1)), free={8}, e=lambda: conv(8, 16))
+middle("flip_space", lambda n, x: n.c(n.b(x).flip(2, 3)), free={16})
+middle("pixel_shuffle", lambda n, x: n.e(F.pixel_shuffle(n.b(x), 2)), free={4}, e=lambda: conv(4, 16))
+middle("pixel_unshuffle", lambda n, x: n.e(F.pixel_unshuffle(n.b(x), 2)), free={16}, e=lambda: conv(64, 16))
+middle("einsum", lambda n, x: torch.einsum("bchw,dc->bdhw", n.b(x), n.c.weight[:, :, 0, 0]), free={16})
+middle("times_a_matrix", lambda n, x: n.l(x) @ n.m, free={16}, base=Tokens, l=lambda: nn.Linear(16, 16),
+       m=lambda: nn.Parameter(torch.randn(16, 16)))
+middle("matrix_times", lambda n, x: (n.m @ n.b(x).flatten(2)).unflatten(2, (8, 8)), free={16}, m=lambda: nn.Parameter(torch.randn(16, 16)))
+middle("bias_and_product", lambda n, x: torch.addmm(n.o, n.l(x.mean(1)), n.m)[:, None], base=Tokens, free={16},
+       l=lambda: nn.Linear(16, 16), o=lambda: nn.Parameter(torch.randn(16)), m=lambda: nn.Parameter(torch.randn(16, 16)))
+middle("instance_norm", lambda n, x: n.c(n.n(n.b(x))), free={16}, n=lambda: nn.InstanceNorm2d(16, affine=True))
+middle("prelu", lambda n, x: n.c(n.p(n.b(x))), free={16}, p=lambda: nn.PReLU(16))
+middle("rms_norm", lambda n, x: n.l(n.n(x)), free={16}, base=Tokens, l=lambda: nn.Linear(16, 16), n=lambda: nn.RMSNorm(16))
+middle("rms_norm_by_hand", lambda n, x: n.c(rms(n.b(x), 1)), free={16})
+middle("variance_norm", lambda n, x: n.c(n.b(x) / n.b(x).std(1, keepdim=True)), free={16})
+middle("response_norm", lambda n, x: n.c(response_norm(n, n.b(x))), free={16}, s=lambda: nn.Parameter(torch.randn(16, 1, 1)),
+       off=lambda: nn.Parameter(torch.randn(16, 1, 1)))
+middle("normalised", lambda n, x: n.c(F.normalize(n.b(x), dim=1)), free={16})
+middle("stacked", lambda n, x: n.c(torch.stack([n.b(x), n.c(x)], 1).amax(1)), free={16})
+middle("stacked_channels", lambda n, x: n.e(torch.stack([n.b(x), n.c(x)], 2).flatten(1, 2)), free={16}, e=lambda: conv(32, 16))
+middle("repeat_interleave", lambda n, x: n.e(n.b(x).repeat_interleave(2, 1)), free={16}, e=lambda: conv(32, 16))
+middle("repeat", lambda n, x: n.e(n.b(x).repeat(1, 2, 1, 1)), free={16}, e=lambda: conv(32, 16))
+middle("unfold_patches", lambda n, x: n.e(F.unfold(n.b(x), 2, stride=2).unflatten(2, (4, 4))), free={16}, e=lambda: conv(64, 16))
+middle("fold_patches", lambda n, x: n.e(F.fold(n.b(x).flatten(2), (16, 16), 2, stride=2)), free={4}, e=lambda: conv(4, 16))
+middle("windows", lambda n, x: n.c(n.b(x).unfold(2, 4, 4).unfold(3, 4, 4).mean((-2, -1))), free={16})
+middle("expand_as", lambda n, x: n.c(n.b(x) * n.o(x).expand_as(n.b(x))), free={16}, o=lambda: conv(16, 1))
+middle("index_in_space", lambda n, x: n.c(n.b(x)[:, :, n.i][..., n.i]), free={16}, i=lambda: torch.tensor([3, 0, 5, 1]))
+middle("index_with_a_gap", lambda n, x: n.c(n.b(x)[:, None, :, n.i].squeeze(1).transpose(1, 1)), free={16}, i=lambda: torch.tensor([3, 0]))
+middle("select_positions", lambda n, x: n.c(n.b(x).index_select(2, n.i)), free={16}, i=lambda: torch.tensor([3, 0, 5]))
+middle("embedded_positions", lambda n, x: n.l(x) + n.t(n.i), free={16}, base=Tokens, l=lambda: nn.Linear(16, 16),
+       t=lambda: nn.Embedding(64, 16), i=lambda: torch.arange(64))
+middle("standardised_weight_alone", lambda n, x: n.c(standardised(n, x)), free={16})
+middle("scaled_weight", lambda n, x: F.conv2d(n.b(x), n.c.weight * n.s, n.c.bias), free={16}, s=lambda: nn.Parameter(torch.randn(16, 1, 1, 1)))
+middle("merged_weights", lambda n, x: F.conv2d(n.b(x), F.pad(n.c.weight, (1, 1, 1, 1)) + n.k.weight, padding=1), free={16},
+       k=lambda: conv(16, 16, 3))
+middle("lstm", lambda n, x: n.l(n.r(n.l(x))[0]), free={16}, base=Tokens, l=lambda: nn.Linear(16, 16),
+       r=lambda: nn.LSTM(16, 8, batch_first=True, bidirectional=True))
+middle("narrowed", lambda n, x: n.e(n.b(x).narrow(1, 4, 10)), e=lambda: conv(10, 16))
 
 
 def twice(y):

@@ -26,7 +26,7 @@ from torch.func import functional_call
 
 from ..masks import Importance, Masks, fit_budget, gated, plan_of_ranks
 from ..plan import Plan, Space
-from ..rebuild import kept_indices, rebuild, resize, skeleton, slice_parameters
+from ..rebuild import insert_gates, kept_indices, rebuild, resize, skeleton, slice_parameters
 
 
 @dataclass(frozen=True)
@@ -46,15 +46,18 @@ class S2H:
 
     def __init__(self, network: fx.GraphModule, space: Space, target: float, settings: Settings = Settings()):
         self.network = network
+        self.soft = insert_gates(network, space)
         self.space = space
         self.target = target
         self.settings = settings
         device = next(network.parameters()).device
         self.masks = Masks(space, settings.temperature).to(device)
-        self.weights = dict(network.named_parameters())
+        self.weights = {**dict(network.named_parameters()), **{name: self.soft.get_buffer(name) for name in space.gates}}
         self.importance = Importance(space, self.weights)
-        self.read_parts = {(name, dim): torch.from_numpy(space.params[name][dim]).to(device) for name, dim in space.reads}
-        self.hard = skeleton(network)
+        read = {(name, dim): space.params[name][dim] for name, dim in space.reads}
+        read |= {(name, use.dim): space.tensors[use.operand.name][0][use.dim] for name, use in space.gates.items()}
+        self.read_parts = {key: torch.from_numpy(parts).to(device) for key, parts in read.items()}
+        self.hard = skeleton(self.soft)
         self.plan: Plan | None = None
         self.mask_optimizer = torch.optim.Adam(self.masks.parameters(), lr=settings.mask_lr)
         self.budget = 1.0  # the target of this step
@@ -84,7 +87,7 @@ class S2H:
             targets: what `criterion` takes beside logits (N, classes).
         """
         gates = self.gates if self.frozen else self.masks.keep_probability(self.ranks)
-        soft = functional_call(self.network, self.soft_parameters(gates), (images,))
+        soft = functional_call(self.soft, self.soft_parameters(gates), (images,))
         hard = functional_call(self.hard, self.hard_parameters(None if self.frozen else gates), (images,))
         alpha = self.settings.alpha
         terms = {"task": criterion(soft, targets), "hard": alpha * divergence(soft.detach(), hard)}
@@ -111,13 +114,13 @@ class S2H:
             self.mask_optimizer.zero_grad()
 
     def networks(self) -> dict[str, nn.Module]:
-        return {"soft": Forward(self.network, self.soft_parameters), "hard": Forward(self.hard, self.hard_parameters)}
+        return {"soft": Forward(self.soft, self.soft_parameters), "hard": Forward(self.hard, self.hard_parameters)}
 
     def result(self) -> fx.GraphModule:
         """The hard network with weights of its own: what is written to disk."""
         small = rebuild(self.network, self.plan)
-        for name, buffer in self.hard.named_buffers():
-            small.get_buffer(name).copy_(buffer)
+        for name, buffer in small.named_buffers():
+            buffer.copy_(self.hard.get_buffer(name))
         return small
 
     def state_dict(self) -> dict:
@@ -162,7 +165,7 @@ class S2H:
         if self.plan is None or not np.array_equal(plan.keep, self.plan.keep):
             self.plan = plan
             self.indices = kept_indices(plan, self.gates.device)
-            resize(self.hard, self.network, plan, self.indices)
+            resize(self.hard, self.soft, plan, self.indices)
 
     @torch.no_grad()
     def _freeze(self) -> None:

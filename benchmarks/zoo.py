@@ -1,0 +1,259 @@
+"""Every architecture of torchvision and of timm, through capture, surgery, training and every export.
+
+    python benchmarks/zoo.py [--models GLOB] [--jobs N]
+
+The models stand in `zoo_models.txt`, beside this file: all of torchvision's classifiers, and of each model file of timm the
+smallest and the one of median size; `--pick` chooses them anew, for a new release of timm. Each model runs in a process of its
+own, under a limit of time and of memory, at its own resolution, or at half of it above 20 G MACs. Random weights, and random
+kept sets at half the MACs. Rows go into `s2h_cli/zoo.json` (what `s2h models` shows) as they come, and `docs/zoo.md` is written
+from it, so that a part of the zoo can be run again. Torch-Pruning, if it is installed, runs on the same models.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import fnmatch
+import json
+import logging
+import multiprocessing
+import os
+import platform
+import resource
+import sys
+import tempfile
+import time
+import warnings
+from collections import defaultdict
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, Callable
+
+import numpy as np
+import timm
+import torch
+import torchvision
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "tests"))
+import helpers  # noqa: E402
+
+from s2h_cli import artifacts  # noqa: E402
+from s2h_cli.cost import count_macs  # noqa: E402
+from s2h_cli.errors import UserError  # noqa: E402
+from s2h_cli.graph import capture  # noqa: E402
+from s2h_cli.masks import fit_budget  # noqa: E402
+from s2h_cli.plan import Plan, Space  # noqa: E402
+from s2h_cli.rebuild import rebuild, skeleton  # noqa: E402
+from s2h_cli.source import TORCHVISION, load_source  # noqa: E402
+
+MODELS = Path(__file__).with_name("zoo_models.txt")
+DATA = ROOT / "s2h_cli" / "zoo.json"
+PAGE = ROOT / "docs" / "zoo.md"
+LIMIT_S, LIMIT_TP_S, LIMIT_BYTES = 600, 60, 12 << 30
+RATIO = 0.5
+CLASSES = 10
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# One model
+
+
+def examine(spec: str, img_size: int | None = None, exports: bool = True) -> dict[str, Any]:
+    """Runs every column of the table for one model.
+
+    Returns:
+        The model's row. `checks` maps a column to "ok", to why it does not apply, or to what failed; `refused` is the error
+        that a user would see.
+    """
+    row: dict[str, Any] = {"model": spec, "checks": {}}
+    try:
+        source = load_source(spec, num_classes=CLASSES, pretrained=False, img_size=img_size)
+        row["input"] = list(source.input_size)
+        helpers.randomise(source.module)
+        row["parameters"] = helpers.parameter_count(source.module)
+        start = time.perf_counter()
+        captured = capture(source.module, source.input_size)
+        row["capture_s"] = time.perf_counter() - start
+        network = captured.network
+        row["notes"] = captured.notes
+        start = time.perf_counter()
+        space = Space(network)
+        row["label_s"] = time.perf_counter() - start
+    except UserError as error:
+        return {**row, "refused": str(error)}
+    row.update(groups=len(space.groups), channels=space.size, macs=space.full_macs, min_ratio=space.min_ratio,
+               unknown={op: len(nodes) for op, nodes in space.unknown.items()})
+    macs, least = space.macs.by_row(space.full), space.macs.by_row(space.least)
+    row["frozen"] = float(macs[macs == least].sum() / macs.sum())
+    row["why"] = [[f.reason, f.channels, list(f.layers[:3])] for f in space.frozen]
+    plan = random_plan(space)
+    row["ratio"] = plan.ratio
+    small = rebuild(network, plan)
+    x = helpers.images(network, captured.static_batch or 3)
+
+    def same_graph() -> None:
+        close(network(x), source.module.eval()(x), 1e-4)
+
+    def hard() -> None:
+        identical(helpers.hard_output(network, skeleton(network), plan, x), small(x))
+
+    def reloaded() -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            artifacts.save(folder, small, {})
+            identical(artifacts.load(folder)(x), small(x))
+
+    def zeroed() -> str | None:
+        exact = helpers.exact_groups(network, space)
+        if not any(exact):
+            return "no exact group"
+        close_error(helpers.error_of_cutting(network, helpers.random_plan(space, 3, share=0.5, only=exact)))
+
+    def masked_norms() -> None:
+        close_error(helpers.error_of_cutting(network, plan, masked=True))
+
+    def macs_agree() -> None:
+        for net, widths in ((small, plan.widths), (source.module, space.full)):
+            planned, counted = helpers.planned_macs(space, widths), helpers.fvcore_macs(net, source.input_size)
+            assert planned == counted, f"plan {planned}, fvcore {counted}"
+
+    def parameters_agree() -> None:
+        assert space.parameters.total(plan.widths) == helpers.parameter_count(small)
+
+    def trains() -> None:
+        net = copy.deepcopy(small).train()
+        net(x).square().mean().backward()
+        bad = [name for name, p in net.named_parameters() if p.grad is None or not p.grad.isfinite().all()]
+        assert not bad, f"no finite gradient: {', '.join(bad[:3])}"
+
+    def batches() -> str | None:
+        if captured.static_batch:
+            return f"batch {captured.static_batch} only"
+        close(small(x[:1]), small(x)[:1], 1e-4)
+
+    columns: dict[str, Callable[[], str | None]] = {
+        "graph": same_graph, "hard": hard, "reloaded": reloaded, "zeroed": zeroed, "masked norms": masked_norms,
+        "MACs": macs_agree, "parameters": parameters_agree, "gradients": trains, "batches": batches}
+    for name, check in columns.items():
+        with torch.set_grad_enabled(name == "gradients" or name == "graph"):
+            attempt(row, name, check)
+    for name in artifacts.EXPORTS if exports else ():
+        attempt(row, name, lambda: export(small, name, source.input_size))
+    return row
+
+
+def random_plan(space: Space, seed: int = 0) -> Plan:
+    """Random widths at half the MACs, or the nearest above that can be reached, and random channels of each group."""
+    random = np.random.default_rng(seed)
+    value = [np.sort(random.random(len(group.candidates)))[::-1] for group in space.groups]
+    widths = fit_budget(space, value, max(RATIO, space.min_ratio))
+    return Plan.from_widths(space, widths, random.random(space.size))
+
+
+def attempt(row: dict[str, Any], name: str, check: Callable[[], str | None]) -> None:
+    start = time.perf_counter()
+    try:
+        row["checks"][name] = check() or "ok"
+    except Exception as error:
+        row["checks"][name] = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+    row.setdefault("seconds", {})[name] = round(time.perf_counter() - start, 2)
+
+
+def export(small: torch.fx.GraphModule, name: str, input_size: tuple[int, int, int]) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        artifacts.export(small, folder, name)
+        artifacts.verify(small, folder, input_size)
+
+
+def identical(a: torch.Tensor, b: torch.Tensor) -> None:
+    assert torch.equal(a, b), f"differs by {helpers.relative_error(a, b):.1e}"
+
+
+def close(a: torch.Tensor, b: torch.Tensor, tolerance: float) -> None:
+    close_error(helpers.relative_error(a, b), tolerance)
+
+
+def close_error(error: float, tolerance: float = 1e-4) -> None:
+    assert error <= tolerance, f"relative error {error:.1e}"
+
+
+def torch_pruning(spec: str, img_size: int | None = None) -> dict[str, Any]:
+    """What Torch-Pruning makes of the same model, used as its README shows: half of the channels, the head left whole."""
+    import torch_pruning as tp
+
+    source = load_source(spec, num_classes=CLASSES, pretrained=False, img_size=img_size)
+    model, x = source.module, torch.randn(1, *source.input_size)
+    before = sum(count_macs(model, source.input_size).values())
+    head = [m for m in model.modules() if isinstance(m, torch.nn.Linear) and m.out_features == CLASSES]
+    start = time.perf_counter()
+    pruner = tp.pruner.BasePruner(model, x, importance=tp.importance.GroupMagnitudeImportance(), pruning_ratio=0.5, ignored_layers=head)
+    pruner.step()
+    seconds = time.perf_counter() - start
+    shape = tuple(model(x).shape)
+    assert shape == (1, CLASSES), f"the output has shape {shape}"
+    return {"works": True, "ratio": sum(count_macs(model, source.input_size).values()) / before, "seconds": seconds}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Processes
+
+
+def in_process(function: Callable[..., dict], limit_s: float, *args: Any) -> dict[str, Any]:
+    """Calls a function in a forked process under limits; {"died": why} where it did not come back."""
+    fork = multiprocessing.get_context("fork")
+    receiver, sender = fork.Pipe(duplex=False)
+
+    def child() -> None:
+        resource.setrlimit(resource.RLIMIT_DATA, (LIMIT_BYTES, LIMIT_BYTES))
+        with open(os.devnull, "w") as nothing:
+            os.dup2(nothing.fileno(), 1)
+            os.dup2(nothing.fileno(), 2)
+        try:
+            sender.send(function(*args))
+        except BaseException as error:
+            sender.send({"died": f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"})
+
+    process = fork.Process(target=child)
+    process.start()
+    sender.close()
+    try:
+        result = receiver.recv() if receiver.poll(limit_s) else {"died": f"more than {limit_s:.0f} s"}
+    except EOFError:
+        result = {"died": "killed, as for want of memory"}
+    process.kill()
+    process.join()
+    return result
+
+
+def run_model(spec: str, compare: bool) -> dict[str, Any]:
+    row = in_process(examine, LIMIT_S, spec)
+    row = {"model": spec, **row}
+    if compare:
+        found = in_process(torch_pruning, LIMIT_TP_S, spec)
+        row["torch_pruning"] = {"works": False, "error": found["died"]} if "died" in found else found
+    return row
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--models", metavar="GLOB", default="*")
+    parser.add_argument("--jobs", type=int, default=1)
+    parser.add_argument("--output", type=Path, default=DATA)
+    args = parser.parse_args()
+    names = [name for name in MODELS.read_text().split() if fnmatch.fnmatchcase(name, args.models)]
+    print(len(names), "models")
+    import importlib.util
+    compare = importlib.util.find_spec("torch_pruning") is not None
+    lock = multiprocessing.Lock()
+    with ThreadPoolExecutor(args.jobs) as pool:
+        for done, row in enumerate(pool.map(lambda name: run_model(name, compare), names), 1):
+            with open(args.output, "a") as f: f.write(json.dumps(row) + "\n")
+            bad = {k: v for k, v in row["checks"].items() if v != "ok"} if "checks" in row else {}
+            print(f"{done}/{len(names)} {row['model']}: {row.get('died') or row.get('refused') or bad or 'ok'} {sum(row.get('seconds', {}).values()):.0f} s", flush=True)
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    warnings.filterwarnings("ignore")
+    logging.disable(logging.WARNING)
+    main()
