@@ -4,7 +4,7 @@
 
 The models stand in `zoo_models.txt`, beside this file: all of torchvision's classifiers, and of each model file of timm the
 smallest and the one of median size; `--pick` chooses them anew, for a new release of timm. Each model runs in a process of its
-own, under a limit of time and of memory, at its own resolution, or at half of it above 20 G MACs. Random weights, and random
+own, under a limit of time and of memory, with random weights, and random
 kept sets at half the MACs. Rows go into `s2h_cli/zoo.json` (what `s2h models` shows) as they come, and `docs/zoo.md` is written
 from it, so that a part of the zoo can be run again. Torch-Pruning, if it is installed, runs on the same models.
 """
@@ -14,6 +14,8 @@ from __future__ import annotations
 import argparse
 import copy
 import fnmatch
+import importlib.metadata
+import importlib.util
 import json
 import logging
 import multiprocessing
@@ -25,14 +27,15 @@ import tempfile
 import time
 import warnings
 from collections import defaultdict
-from concurrent.futures import ThreadPoolExecutor
+from multiprocessing.connection import Connection, wait
 from pathlib import Path
-from typing import Any, Callable
+from typing import Any, Callable, Iterator, NamedTuple
 
 import numpy as np
 import timm
 import torch
 import torchvision
+from timm.models._registry import _model_to_module
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "tests"))
@@ -50,8 +53,9 @@ from s2h_cli.source import TORCHVISION, load_source  # noqa: E402
 MODELS = Path(__file__).with_name("zoo_models.txt")
 DATA = ROOT / "s2h_cli" / "zoo.json"
 PAGE = ROOT / "docs" / "zoo.md"
-LIMIT_S, LIMIT_TP_S, LIMIT_BYTES = 600, 60, 12 << 30
+LIMIT_S, LIMIT_TP_S, LIMIT_BYTES = 600, 30, 14 << 30
 RATIO = 0.5
+LARGE_MACS = 5e9  # a model above it is checked at half its resolution
 CLASSES = 10
 
 
@@ -69,16 +73,14 @@ def examine(spec: str, img_size: int | None = None, exports: bool = True) -> dic
     row: dict[str, Any] = {"model": spec, "checks": {}}
     try:
         source = load_source(spec, num_classes=CLASSES, pretrained=False, img_size=img_size)
-        row["input"] = list(source.input_size)
-        helpers.randomise(source.module)
         row["parameters"] = helpers.parameter_count(source.module)
+        row["input"] = list(source.input_size)
         start = time.perf_counter()
         captured = capture(source.module, source.input_size)
         row["capture_s"] = time.perf_counter() - start
-        network = captured.network
         row["notes"] = captured.notes
         start = time.perf_counter()
-        space = Space(network)
+        space = Space(captured.network)
         row["label_s"] = time.perf_counter() - start
     except UserError as error:
         return {**row, "refused": str(error)}
@@ -87,21 +89,35 @@ def examine(spec: str, img_size: int | None = None, exports: bool = True) -> dic
     macs, least = space.macs.by_row(space.full), space.macs.by_row(space.least)
     row["frozen"] = float(macs[macs == least].sum() / macs.sum())
     row["why"] = [[f.reason, f.channels, list(f.layers[:3])] for f in space.frozen]
+    if space.full_macs > LARGE_MACS and img_size is None:
+        half = source.input_size[1] // 64 * 32
+        try:
+            source = load_source(spec, num_classes=CLASSES, pretrained=False, img_size=half)
+            captured = capture(source.module, source.input_size)
+            space = Space(captured.network)
+            row["checked_at"] = half
+        except UserError:  # it takes its own size alone
+            pass
+    network = captured.network
+    helpers.randomise(network)
+    helpers.settle(network)
     plan = random_plan(space)
     row["ratio"] = plan.ratio
     small = rebuild(network, plan)
     x = helpers.images(network, captured.static_batch or 3)
+    with torch.no_grad():
+        y = small(x)
 
     def same_graph() -> None:
         close(network(x), source.module.eval()(x), 1e-4)
 
     def hard() -> None:
-        identical(helpers.hard_output(network, skeleton(network), plan, x), small(x))
+        identical(helpers.hard_output(network, skeleton(network), plan, x), y)
 
     def reloaded() -> None:
         with tempfile.TemporaryDirectory() as folder:
             artifacts.save(folder, small, {})
-            identical(artifacts.load(folder)(x), small(x))
+            identical(artifacts.load(folder)(x), y)
 
     def zeroed() -> str | None:
         exact = helpers.exact_groups(network, space)
@@ -115,7 +131,8 @@ def examine(spec: str, img_size: int | None = None, exports: bool = True) -> dic
     def macs_agree() -> None:
         for net, widths in ((small, plan.widths), (source.module, space.full)):
             planned, counted = helpers.planned_macs(space, widths), helpers.fvcore_macs(net, source.input_size)
-            assert planned == counted, f"plan {planned}, fvcore {counted}"
+            apart = {kind: (planned.get(kind), counted.get(kind)) for kind in {*planned, *counted} if planned.get(kind) != counted.get(kind)}
+            assert not apart, f"(plan, fvcore): {apart}"
 
     def parameters_agree() -> None:
         assert space.parameters.total(plan.widths) == helpers.parameter_count(small)
@@ -129,7 +146,7 @@ def examine(spec: str, img_size: int | None = None, exports: bool = True) -> dic
     def batches() -> str | None:
         if captured.static_batch:
             return f"batch {captured.static_batch} only"
-        close(small(x[:1]), small(x)[:1], 1e-4)
+        close(small(x[:1]), y[:1], 1e-4)
 
     columns: dict[str, Callable[[], str | None]] = {
         "graph": same_graph, "hard": hard, "reloaded": reloaded, "zeroed": zeroed, "masked norms": masked_norms,
@@ -185,10 +202,10 @@ def torch_pruning(spec: str, img_size: int | None = None) -> dict[str, Any]:
     model, x = source.module, torch.randn(1, *source.input_size)
     before = sum(count_macs(model, source.input_size).values())
     head = [m for m in model.modules() if isinstance(m, torch.nn.Linear) and m.out_features == CLASSES]
-    start = time.perf_counter()
+    start_s = time.perf_counter()
     pruner = tp.pruner.BasePruner(model, x, importance=tp.importance.GroupMagnitudeImportance(), pruning_ratio=0.5, ignored_layers=head)
     pruner.step()
-    seconds = time.perf_counter() - start
+    seconds = time.perf_counter() - start_s
     shape = tuple(model(x).shape)
     assert shape == (1, CLASSES), f"the output has shape {shape}"
     return {"works": True, "ratio": sum(count_macs(model, source.input_size).values()) / before, "seconds": seconds}
@@ -198,8 +215,16 @@ def torch_pruning(spec: str, img_size: int | None = None) -> dict[str, Any]:
 # Processes
 
 
-def in_process(function: Callable[..., dict], limit_s: float, *args: Any) -> dict[str, Any]:
-    """Calls a function in a forked process under limits; {"died": why} where it did not come back."""
+class Task(NamedTuple):
+    """One function of one model, in a process of its own."""
+
+    model: str
+    function: Callable[[str], dict[str, Any]]
+    limit_s: float
+
+
+def start(task: Task) -> tuple[multiprocessing.Process, Connection]:
+    """Forks, which saves importing everything once more; the parent has one thread only, so that it may."""
     fork = multiprocessing.get_context("fork")
     receiver, sender = fork.Pipe(duplex=False)
 
@@ -209,47 +234,97 @@ def in_process(function: Callable[..., dict], limit_s: float, *args: Any) -> dic
             os.dup2(nothing.fileno(), 1)
             os.dup2(nothing.fileno(), 2)
         try:
-            sender.send(function(*args))
+            sender.send(task.function(task.model))
         except BaseException as error:
             sender.send({"died": f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"})
 
     process = fork.Process(target=child)
     process.start()
     sender.close()
-    try:
-        result = receiver.recv() if receiver.poll(limit_s) else {"died": f"more than {limit_s:.0f} s"}
-    except EOFError:
-        result = {"died": "killed, as for want of memory"}
-    process.kill()
-    process.join()
-    return result
+    return process, receiver
 
 
-def run_model(spec: str, compare: bool) -> dict[str, Any]:
-    row = in_process(examine, LIMIT_S, spec)
-    row = {"model": spec, **row}
-    if compare:
-        found = in_process(torch_pruning, LIMIT_TP_S, spec)
-        row["torch_pruning"] = {"works": False, "error": found["died"]} if "died" in found else found
-    return row
+def run_all(tasks: list[Task], jobs: int) -> Iterator[tuple[Task, dict[str, Any]]]:
+    """Results as they come; {"died": why} where a process did not come back."""
+    waiting, running = tasks[::-1], {}
+    while waiting or running:
+        while waiting and len(running) < jobs:
+            task = waiting.pop()
+            process, receiver = start(task)
+            running[receiver] = task, process, time.monotonic() + task.limit_s
+        wait(running, timeout=1)
+        for receiver, (task, process, deadline) in list(running.items()):
+            late = time.monotonic() > deadline
+            if not receiver.poll() and not late:
+                continue
+            try:
+                result = receiver.recv() if receiver.poll() else {"died": f"more than {task.limit_s:.0f} s"}
+            except EOFError:
+                result = {"died": "killed, as for want of memory"}
+            process.kill()
+            process.join()
+            del running[receiver]
+            yield task, result
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--models", metavar="GLOB", default="*")
-    parser.add_argument("--jobs", type=int, default=1)
-    parser.add_argument("--output", type=Path, default=DATA)
+    parser.add_argument("--models", metavar="GLOB", default="*", help="Those of zoo_models.txt that match; the rows of the others stay.")
+    parser.add_argument("--jobs", metavar="N", type=int, default=1, help="Processes at a time; each uses one core.")
+    parser.add_argument("--pick", action="store_true", help="Choose the models anew from the installed timm and torchvision, and stop.")
+    parser.add_argument("--output", type=Path, default=DATA, help="The data; the page is written for the default only.")
     args = parser.parse_args()
+    if args.pick:
+        MODELS.write_text("\n".join(pick()) + "\n")
+        return
     names = [name for name in MODELS.read_text().split() if fnmatch.fnmatchcase(name, args.models)]
-    print(len(names), "models")
-    import importlib.util
-    compare = importlib.util.find_spec("torch_pruning") is not None
-    lock = multiprocessing.Lock()
-    with ThreadPoolExecutor(args.jobs) as pool:
-        for done, row in enumerate(pool.map(lambda name: run_model(name, compare), names), 1):
-            with open(args.output, "a") as f: f.write(json.dumps(row) + "\n")
-            bad = {k: v for k, v in row["checks"].items() if v != "ok"} if "checks" in row else {}
-            print(f"{done}/{len(names)} {row['model']}: {row.get('died') or row.get('refused') or bad or 'ok'} {sum(row.get('seconds', {}).values()):.0f} s", flush=True)
+    tasks = [Task(name, examine, LIMIT_S) for name in names]
+    if importlib.util.find_spec("torch_pruning"):
+        tasks += [Task(name, torch_pruning, LIMIT_TP_S) for name in names]
+    data = json.loads(args.output.read_text()) if args.output.exists() else {"models": {}}
+    for done, (task, result) in enumerate(run_all(tasks, args.jobs), 1):
+        row = data["models"].setdefault(task.model, {})
+        if task.function is torch_pruning:
+            row["torch_pruning"] = {"works": False, "error": result["died"]} if "died" in result else result
+        else:
+            row = data["models"][task.model] = {**result, **{k: row[k] for k in ("torch_pruning",) if k in row}}
+        data["versions"] = versions()
+        args.output.write_text(json.dumps(data, indent=0) + "\n")
+        print(f"{done}/{len(tasks)} {task.model}: {summary(task, result)}", flush=True)
+    if args.output == DATA:
+        PAGE.write_text(page(data))
+
+
+def summary(task: Task, result: dict[str, Any]) -> str:
+    if "died" in result or "refused" in result:
+        return result.get("died") or result["refused"]
+    if task.function is torch_pruning:
+        return "Torch-Pruning works"
+    return "; ".join(f"{name}: {found}" for name, found in result["checks"].items() if found != "ok") or "ok"
+
+
+def versions() -> dict[str, str]:
+    found = {name: importlib.metadata.version(name) for name in ("torch", "torchvision", "timm", "onnx", "onnxruntime", "onnxscript")}
+    if importlib.util.find_spec("torch_pruning"):
+        found["torch-pruning"] = importlib.metadata.version("torch-pruning")
+    return {**found, "python": platform.python_version(), "machine": f"{platform.machine()}, one core a model, no GPU"}
+
+
+def pick() -> list[str]:
+    """torchvision's classifiers; of each model file of timm the smallest classifier and the one of median size, among those
+    below 100 M parameters where it has any. timm's `test_` models, made to be tiny, are left out."""
+    sizes: dict[str, dict[str, int]] = defaultdict(dict)
+    for name in timm.list_models(exclude_filters=["test_*"]):
+        with torch.device("meta"):
+            model = timm.create_model(name)
+        if not name.endswith("_enc"):  # encoders of tokens, which give no logits
+            sizes[_model_to_module[name]][name] = helpers.parameter_count(model)
+    names = [TORCHVISION + name for name in torchvision.models.list_models(module=torchvision.models)]
+    for file in sorted(sizes):
+        by_size = sorted(sizes[file], key=lambda name: (sizes[file][name], name))
+        usual = [name for name in by_size if sizes[file][name] < 100e6] or by_size
+        names += dict.fromkeys([by_size[0], usual[len(usual) // 2] if len(usual) > 1 else by_size[min(1, len(by_size) - 1)]])
+    return names
 
 
 if __name__ == "__main__":

@@ -41,6 +41,7 @@ def prune(
     img_size: Annotated[Optional[int], typer.Option(min=1, help="Side of the input in pixels. [default: the model's own; digits: 32]")] = None,
     divisor: Annotated[int, typer.Option(min=1, help="Widths are multiples of this many channels; less in narrow groups.")] = 8,
     exclude: Annotated[Optional[list[str]], typer.Option(metavar="GLOB", help="Leave layers of this name whole; repeatable.")] = None,
+    prune_head_dim: Annotated[bool, typer.Option("--prune-head-dim", help="Also cut inside attention heads: the channels of q, k and v.")] = False,
     val_fraction: Annotated[float, typer.Option(help="Share of a single image folder to validate on.")] = 0.1,
     skip_bad_images: Annotated[bool, typer.Option("--skip-bad-images", help="Leave unreadable images out, and count them.")] = False,
     seed: Annotated[int, typer.Option(help="Decides everything random.")] = 0,
@@ -56,7 +57,7 @@ def prune(
 
     config = run.Config(model=model, data=data, flops=flops, output=output, pretrained=pretrained, weights=weights, epochs=epochs,
                         batch_size=batch_size, lr=lr, opt=opt, sched=sched, img_size=img_size, divisor=divisor,
-                        exclude=list(exclude or []), val_fraction=val_fraction, skip_bad_images=skip_bad_images, seed=seed,
+                        exclude=list(exclude or []), prune_head_dim=prune_head_dim, val_fraction=val_fraction, skip_bad_images=skip_bad_images, seed=seed,
                         workers=workers, device=device, amp=amp)
     console = tables.console()
     result = run.prune(config, console, resume=resume, dry_run=dry_run)
@@ -74,12 +75,13 @@ def inspect(
     img_size: Annotated[Optional[int], typer.Option(min=1, help="Side of the input in pixels.")] = None,
     divisor: Annotated[int, typer.Option(min=1, help="As for prune.")] = 8,
     exclude: Annotated[Optional[list[str]], typer.Option(metavar="GLOB", help="As for prune.")] = None,
+    prune_head_dim: Annotated[bool, typer.Option("--prune-head-dim", help="As for prune.")] = False,
 ) -> None:
     """Show what can be pruned in MODEL and what cannot, and why; or what RUN kept of each layer."""
     from . import run
     from .report import facts, tables
 
-    found = run.inspect(model, img_size=img_size, divisor=divisor, exclude=tuple(exclude or ()))
+    found = run.inspect(model, img_size=img_size, divisor=divisor, exclude=tuple(exclude or ()), prune_head_dim=prune_head_dim)
     if as_json:
         print(json.dumps(facts.public(found), indent=1))
     else:

@@ -208,7 +208,7 @@ def _inline_regions(outer: fx.GraphModule) -> None:
         if enabled:
             raise UserError(f"the model computes a part in autocast ({_where(node)}); take the autocast out of its forward: "
                             "--amp trains in bfloat16")
-        inner = outer.get_submodule(inner.target)
+        place, inner = inner, outer.get_submodule(inner.target)
         _inline_regions(inner)
         with outer.graph.inserting_before(node):
             results = outer.graph.graph_copy(inner.graph, dict(zip(inner.graph.find_nodes(op="placeholder"), operands)))
@@ -216,6 +216,7 @@ def _inline_regions(outer: fx.GraphModule) -> None:
             user.replace_all_uses_with(results[user.args[1]])
             outer.graph.erase_node(user)
         outer.graph.erase_node(node)
+        outer.graph.erase_node(place)
 
 
 #: Higher-order operators of torch.export: whether the region changes how things are computed, its submodule, its operands.
@@ -393,7 +394,10 @@ class _Canonical:
         in_place_on_view = _mutates(node) and _has_views(args[0])
         if _is_plain(node, op, args) and not in_place_on_view:
             target = resolve(FUNCTIONS[op])
-        return self.graph.call_function(target, fx.node.map_arg(node.args, self._value), fx.node.map_arg(node.kwargs, self._value))
+        kwargs = dict(node.kwargs)
+        if op == "scaled_dot_product_attention" and kwargs.get("scale") is None:
+            kwargs["scale"] = args[0].meta["val"].shape[-1] ** -0.5  # it stays when the head dimension is cut
+        return self.graph.call_function(target, fx.node.map_arg(node.args, self._value), fx.node.map_arg(kwargs, self._value))
 
     def _reshape(self, node: fx.Node, op: str, args: list) -> fx.Node:
         """Static sizes as integers, the one that depends on the batch as -1, so that the batch stays free."""

@@ -345,10 +345,7 @@ class Plan:
 
 def _counted(network: fx.GraphModule, labelled: Labelled) -> Iterator[tuple[Layer, list[Product]]]:
     """(layer, cost for one image) of every operator that `FORMULAS` counts."""
-    per_batch = set()  # nodes that depend on the images; the others are computed once, whatever the batch
     for node in network.graph.nodes:
-        if node.op == "placeholder" or any(source in per_batch for source in node.all_input_nodes):
-            per_batch.add(node)
         formula = FORMULAS.get(node.meta.get("op", ""))
         if formula is None:
             continue
@@ -356,8 +353,10 @@ def _counted(network: fx.GraphModule, labelled: Labelled) -> Iterator[tuple[Laye
         out = labelled.tensors[node.name][0]
         axis = 1 if node.meta["op"].startswith(("conv", "batch_norm", "group_norm", "instance", "adaptive", "upsample")) else -1
         channels = [(t.shape[axis], t.dims[axis]) if isinstance(t, Tensor) else (0, None) for t in (args[0], out)]
-        batch = network.meta["batch"] if node in per_batch else 1
-        yield Layer(node.meta["layer"], node.meta["op"], *channels), [(n / batch, axes) for n, axes in formula(args, out)]
+        batch = network.meta["batch"]
+        # For one image: an axis that holds the batch (some models multiply over the batch, twice) counts for one.
+        yield Layer(node.meta["layer"], node.meta["op"], *channels), [
+            (n / batch ** sum(size % batch == 0 for size, _ in axes), axes) for n, axes in formula(args, out)]
 
 
 def _live_atoms(solved: Solved, dim: Dim) -> np.ndarray:

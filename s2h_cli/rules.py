@@ -103,8 +103,11 @@ def propagate(network: fx.GraphModule, exclude: tuple[str, ...] = (), prune_head
             return params[value.name]
         return value
 
+    of_images: set[fx.Node] = set()  # what depends on the images, or on how many there are
     for node in network.graph.nodes:
         shape = node.meta.get("shape")
+        if node.op == "placeholder" or any(source in of_images for source in node.all_input_nodes):
+            of_images.add(node)
         if node.op == "placeholder":
             tensors[node.name] = [Tensor(shape, (None,) * len(shape), Ref(node.name))]
         elif node.op == "get_attr":
@@ -118,15 +121,15 @@ def propagate(network: fx.GraphModule, exclude: tuple[str, ...] = (), prune_head
                 tensors[node.name] = [tensors[args[0].name][args[1]]._replace(source=Ref(node.name))]
                 continue
             outputs = list(shape) if isinstance(shape, list) else [shape]
-            call = Call(node.meta["op"], fx.node.map_aggregate(args, labelled), outputs, labels, node.name, out.reads, out.writes,
+            args = fx.node.map_aggregate(args, labelled)
+            call = Call(node.meta["op"], args, outputs, labels, node.name, out.reads, out.writes,
                         prune_head_dim)
-            inputs = list(_tensors(call.args))
             rule = RULES.get(call.op, no_rule)
-            if rule is no_rule and any(dim is not None for t in inputs for dim in t.dims):
+            if rule is no_rule and any(dim is not None for t in _tensors(args) for dim in t.dims):
                 out.unknown.setdefault(call.op, []).append(node.name)
             dims = rule(call)
             results = dims if isinstance(dims, list) else [dims]
-            weight = all(t.weight for t in inputs)
+            weight = node not in of_images
             tensors[node.name] = [Tensor(s, tuple(d), Ref(node.name), weight) for s, d in zip(outputs, results, strict=True)]
 
     for glob in exclude:
@@ -447,6 +450,7 @@ def expand_as(call: Call) -> tuple[Dim, ...]:
 
 def repeat(call: Call) -> tuple[Dim, ...]:
     x, times = call.args[:2]
+    times = [1] * (len(x.shape) - len(times)) + list(times)
     lead = len(times) - len(x.shape)
     return (None,) * lead + tuple(None if dim is None else np.tile(dim, n) for dim, n in zip(x.dims, times[lead:], strict=True))
 

@@ -49,6 +49,7 @@ class Config:
     img_size: int | None = None
     divisor: int = 8
     exclude: list[str] = field(default_factory=list)
+    prune_head_dim: bool = False
     val_fraction: float = 0.1
     skip_bad_images: bool = False
     seed: int = 0
@@ -113,7 +114,7 @@ def prune(config: Config, console: Console, *, resume: bool = False, dry_run: bo
     if captured.static_batch:
         raise UserError(f"{config.model} cannot be trained: {captured.notes[0]}; rewrite what fixes the batch in its forward")
     network = to_device(captured.network, device)
-    space = Space(network, tuple(config.exclude), config.divisor)
+    space = Space(network, tuple(config.exclude), config.divisor, config.prune_head_dim)
     check_reachable(space, config.flops)
     for note in [*source.notes, *splits.notes, *captured.notes]:
         console.print(f"note: {note}", soft_wrap=True)
@@ -193,7 +194,8 @@ def finish(config: Config, folder: Path, method: Any, splits: data.Splits, val: 
 # The other commands
 
 
-def inspect(model: str, *, img_size: int | None = None, divisor: int = 8, exclude: tuple[str, ...] = ()) -> dict[str, Any]:
+def inspect(model: str, *, img_size: int | None = None, divisor: int = 8, exclude: tuple[str, ...] = (),
+            prune_head_dim: bool = False) -> dict[str, Any]:
     """Facts (see `report.facts.describe`) of a run folder, or of a model that nothing was cut from; no weights are loaded.
 
     Raises:
@@ -202,7 +204,7 @@ def inspect(model: str, *, img_size: int | None = None, divisor: int = 8, exclud
     if Path(model).is_dir():
         return artifacts.read_plan(model)
     source = load_source(model, pretrained=False, img_size=img_size)
-    space = Space(capture(source.module, source.input_size).network, exclude, divisor)
+    space = Space(capture(source.module, source.input_size).network, exclude, divisor, prune_head_dim)
     return describe(Plan(space, np.ones(space.size, bool)), model, source.input_size)
 
 

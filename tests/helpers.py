@@ -36,6 +36,18 @@ def randomise(module: nn.Module, seed: int = 0) -> nn.Module:
     return module
 
 
+def settle(network: fx.GraphModule) -> None:
+    """Gives batch norms the statistics of random images: with random ones, deep networks amplify rounding."""
+    momenta = {module: module.momentum for module in network.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)}
+    for module in momenta:
+        module.momentum = 1.0
+    with torch.no_grad():
+        network.train()(images(network, 4, seed=1))
+    network.eval()
+    for module, momentum in momenta.items():
+        module.momentum = momentum
+
+
 def images(network: fx.GraphModule, batch: int = 3, seed: int = 0) -> torch.Tensor:
     return torch.randn(batch, *network.meta["input_size"], generator=torch.Generator().manual_seed(seed))
 

@@ -30,15 +30,37 @@ class Small(nn.Module):
         return self.fc(F.silu(self.conv3(x)).mean((2, 3)))
 
 
-@pytest.fixture
-def method():
-    torch.manual_seed(0)
-    captured = capture(Small(), (3, 8, 8)).network
-    method = S2H(captured.double(), Space(captured, divisor=2), target=0.4)
+class Computed(nn.Module):
+    """Gates on what is computed: a standardised weight, and queries whose head dimension is cut."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.conv = nn.Conv2d(3, 16, 3, stride=2), nn.Conv2d(16, 16, 3)
+        self.qkv, self.proj, self.fc = nn.Linear(16, 48), nn.Linear(16, 16), nn.Linear(16, 5)
+
+    def forward(self, x):
+        weight = F.batch_norm(self.conv.weight.reshape(1, 16, -1), None, None, training=True, momentum=0.0)
+        x = F.conv2d(F.relu(self.stem(x)), weight.reshape(16, 16, 3, 3), self.conv.bias, padding=1).flatten(2).transpose(1, 2)
+        q, k, v = self.qkv(x).reshape(-1, 9, 3, 2, 8).permute(2, 0, 3, 1, 4).unbind(0)
+        y = F.scaled_dot_product_attention(3 * q, k, v).transpose(1, 2).reshape(-1, 9, 16)
+        return self.fc((x + self.proj(y)).mean(1))
+
+
+def in_float64(method):
     method.masks.double()
+    method.soft.double()
+    method.operands = {name: tensor.double() for name, tensor in method.operands.items()}
+    method.gates = method.gates.double()
+    return method
+
+
+@pytest.fixture(params=[Small, Computed])
+def method(request):
+    torch.manual_seed(0)
+    captured = capture(request.param(), (3, 8, 8)).network
+    method = in_float64(S2H(captured.double(), Space(captured, divisor=2, prune_head_dim=True), target=0.4))
     with torch.no_grad():  # widths somewhere in the middle, so that hard and soft differ
         method.masks.u.normal_()
-    method.gates = method.gates.double()
     method.start_step(0.1)
     method.network.train()
     method.hard.train()
@@ -52,7 +74,7 @@ def batch():
 
 
 def soft_logits(method, images, gates):
-    return functional_call(method.network, method.soft_parameters(gates), (images,))
+    return functional_call(method.soft, method.soft_parameters(gates), (images,))
 
 
 def hard_logits(method, images, gates=None):
@@ -85,8 +107,21 @@ def expected_widths(method, u):
                         for i, g in enumerate(method.space.groups)])
 
 
+@pytest.mark.parametrize("method", [Computed], indirect=True)
+def test_computed_operands_have_gates(method, batch):
+    """The weight and the queries; the gate of each changes the soft network."""
+    assert sorted(use.operand.name for use in method.space.gates.values()) == ["mul", "reshape_1"]
+    ones = torch.ones(method.space.size, dtype=torch.float64)
+    whole = functional_call(method.network, dict(method.network.named_parameters()), (batch[0],))
+    torch.testing.assert_close(soft_logits(method, batch[0], ones), whole)
+    for name in method.space.gates:
+        parameters = method.soft_parameters(ones)
+        parameters[name] = parameters[name] / 2
+        assert not torch.allclose(functional_call(method.soft, parameters, (batch[0],)), whole)
+
+
 def test_the_hard_network_is_smaller_than_the_soft_one(method):
-    assert (method.plan.widths < method.space.full).all()
+    assert method.plan.widths.sum() < method.space.full.sum()
 
 
 def test_keep_probability_is_a_ladder_whose_sum_is_the_expected_width(method):
@@ -118,8 +153,9 @@ def test_the_first_step_of_g_reaches_u_through_the_estimator(method, batch):
         estimator = 1 - w + keep_probability(method, v)  # m - w + w, on kept channels
         parameters = method.hard_parameters()
         for (name, dim), parts in method.read_parts.items():
-            kept = torch.from_numpy(method.plan.kept(method.space.params[name][dim]))
-            gates = torch.cat([estimator, torch.ones(1)])[parts].prod(1)[kept]
+            kept = method.indices[name][dim]
+            gates = torch.cat([estimator, torch.ones(1)])[parts].prod(1)
+            gates = gates if kept is None else gates[kept]
             parameters[name] = parameters[name] * gates.view([-1 if d == dim else 1 for d in range(parameters[name].dim())])
         return ALPHA * divergence(soft, functional_call(method.hard, parameters, (images,)))
 
@@ -240,9 +276,8 @@ def test_any_budget_is_met_exactly(method):
 def test_going_on_from_a_saved_state_is_going_on(method, batch):
     """Saved before a step and loaded into a new method, the step gives the same weights and masks, bit for bit."""
     state = torch.load(_saved(method), weights_only=True)
-    other = S2H(capture(Small(), (3, 8, 8)).network.double(), method.space, target=0.4)
-    other.masks.double()
-    other.gates = other.gates.double()
+    model = {"Small": Small, "Computed": Computed}[type(method.network).__name__]()
+    other = in_float64(S2H(capture(model, (3, 8, 8)).network.double(), method.space, target=0.4))
     other.load_state_dict(state)
     for m in (method, other):
         m.network.train()

@@ -106,7 +106,7 @@ middle("einsum_of_three", lambda n, x: n.c(torch.einsum("bchw,c,c->bchw", n.b(x)
 middle("einsum_of_activations", lambda n, x: n.e(torch.einsum("bchw,bcij->bhwij", n.b(x), n.c(x)).flatten(3)), "head dimension",
        e=lambda: conv(8, 16))
 middle("sorted_channels", lambda n, x: n.c(n.b(x).sort(1)[0]), "no rule for operator sort")
-middle("weight_from_the_image", lambda n, x: n.e(F.conv2d(n.b(x), n.c.weight * n.b(x).amax())),
+middle("weight_from_the_image", lambda n, x: n.e(F.conv2d(n.b(x), n.c.weight * n.u(x).amax())),
        "read by a weight that depends on the image", e=lambda: conv(16, 16), u=lambda: conv(16, 8))
 middle("strided_slice", lambda n, x: n.e(n.b(x)[:, ::2]), "strided slice of channels", e=lambda: conv(8, 16))
 middle("cumsum", lambda n, x: n.c(n.b(x).cumsum(1)), "cumsum over channels")

@@ -52,7 +52,8 @@ class S2H:
         self.settings = settings
         device = next(network.parameters()).device
         self.masks = Masks(space, settings.temperature).to(device)
-        self.weights = {**dict(network.named_parameters()), **{name: self.soft.get_buffer(name) for name in space.gates}}
+        self.weights = dict(network.named_parameters())
+        self.operands = {**self.weights, **{name: self.soft.get_buffer(name) for name in space.gates}}  # what is gated and sliced
         self.importance = Importance(space, self.weights)
         read = {(name, dim): space.params[name][dim] for name, dim in space.reads}
         read |= {(name, use.dim): space.tensors[use.operand.name][0][use.dim] for name, use in space.gates.items()}
@@ -145,14 +146,14 @@ class S2H:
         """All weights; those that read prunable channels are gated along their input dimension."""
         if gates is None:
             gates = self.gates if self.frozen else self.masks.keep_probability(self.ranks)
-        out = dict(self.weights)
+        out = dict(self.operands)
         for (name, dim), parts in self.read_parts.items():
             out[name] = gated(out[name], dim, gates, parts)
         return out
 
     def hard_parameters(self, gates: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
         """The sliced weights. With `gates` (w), those that read are multiplied by m_hat: 1 in value, w in gradient."""
-        out = slice_parameters(self.weights, self.indices)
+        out = slice_parameters(self.operands, self.indices)
         if gates is not None:
             estimator = 1 + (gates - gates.detach())
             for (name, dim), parts in self.read_parts.items():
