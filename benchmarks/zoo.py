@@ -154,8 +154,9 @@ def examine(spec: str, img_size: int | None = None, exports: bool = True) -> dic
     for name, check in columns.items():
         with torch.set_grad_enabled(name == "gradients" or name == "graph"):
             attempt(row, name, check)
+    program = artifacts.Program(small)
     for name in artifacts.EXPORTS if exports else ():
-        attempt(row, name, lambda: export(small, name, source.input_size))
+        attempt(row, name, lambda: export(program, name, source.input_size))
     return row
 
 
@@ -176,10 +177,10 @@ def attempt(row: dict[str, Any], name: str, check: Callable[[], str | None]) -> 
     row.setdefault("seconds", {})[name] = round(time.perf_counter() - start, 2)
 
 
-def export(small: torch.fx.GraphModule, name: str, input_size: tuple[int, int, int]) -> None:
+def export(program: artifacts.Program, name: str, input_size: tuple[int, int, int]) -> None:
     with tempfile.TemporaryDirectory() as folder:
-        artifacts.export(small, folder, name)
-        artifacts.verify(small, folder, input_size)
+        artifacts.export(program, folder, name)
+        artifacts.verify(program.model, folder, input_size)
 
 
 def identical(a: torch.Tensor, b: torch.Tensor) -> None:

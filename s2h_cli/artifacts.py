@@ -19,6 +19,7 @@ import re
 import warnings
 import zipfile
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from functools import cached_property
 from io import StringIO
 from pathlib import Path
 from typing import Any, Callable, Iterator, NamedTuple
@@ -32,7 +33,7 @@ from torch import fx, nn
 from . import __version__
 from .errors import UserError, why
 from .files import writing
-from .graph import BATCH, FUNCTIONS, resolve, tensors_of
+from .graph import FUNCTIONS, resolve, tensors_of
 
 WEIGHTS, PLAN = "model.safetensors", "plan.json"
 #: Where the metadata lie: an extra file of TorchScript and pt2, a property of ONNX.
@@ -169,7 +170,7 @@ def network_to_json(small: fx.GraphModule) -> dict:
     """
     return {
         "class": type(small).__name__,
-        "meta": {"input_size": list(small.meta["input_size"]), "batch": int(small.meta["batch"])},
+        "meta": {"input_size": list(small.meta["input_size"]), "static_batch": small.meta["static_batch"]},
         "modules": {path: _module_to_json(path, module) for path, module in small.named_modules(remove_duplicate=False) if path},
         "tensors": _tensors_to_json(small),
         "nodes": [_node_to_json(node) for node in small.graph.nodes],
@@ -231,7 +232,7 @@ def network_from_json(data: dict, state_dict: dict[str, torch.Tensor]) -> fx.Gra
         graph.lint()
         network = fx.GraphModule(root, graph, _identifier(data["class"]))
         _set_tensors(network, data["tensors"], state_dict)  # again: older torch makes the root's buffers persistent
-        network.meta.update(input_size=[int(n) for n in data["meta"]["input_size"]], batch=int(data["meta"]["batch"]))
+        network.meta.update(input_size=[int(n) for n in data["meta"]["input_size"]], static_batch=data["meta"]["static_batch"])
     except UserError:
         raise
     except Exception as error:  # damaged data make torch raise whatever it likes
@@ -381,10 +382,38 @@ def load(path: str | os.PathLike) -> fx.GraphModule:
 # Formats: how each is written, and how it is run
 
 
-def _write_torchscript(model: fx.GraphModule, images: torch.Tensor, file: Path, metadata: str) -> None:
+class Program:
+    """A network on the CPU and, once it is asked for, its `torch.export` program: both ONNX and pt2 are written from that."""
+
+    def __init__(self, small: fx.GraphModule):
+        self.model = _cpu_copy(small)
+        self.images = _images(self.model, self.model.meta["static_batch"] or 2)
+
+    @cached_property
+    def exported(self) -> torch.export.ExportedProgram:
+        free = ({0: torch.export.Dim.DYNAMIC},) if self.model.meta["static_batch"] is None else None
+        for node in self.model.graph.nodes:
+            if node.target is nn.functional.scaled_dot_product_attention:
+                node.target = _attention_of_four_axes
+        self.model.recompile()
+        return torch.export.export(self.model, (self.images,), dynamic_shapes=free, strict=False)
+
+
+def _attention_of_four_axes(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None = None, *args: Any,
+                            **options: Any) -> torch.Tensor:
+    """Attention over (batch, heads, tokens, channels), the only form that the ONNX exporter knows: other axes are folded in."""
+    if q.ndim == 4 or mask is not None:
+        return nn.functional.scaled_dot_product_attention(q, k, v, mask, *args, **options)
+    folded = [t.reshape(-1, 1, *t.shape[-2:]) if t.ndim == 3 else t.flatten(0, -4) for t in (q, k, v)]
+    out = nn.functional.scaled_dot_product_attention(*folded, mask, *args, **options)
+    return out.reshape(*q.shape[:-1], v.shape[-1])
+
+
+def _write_torchscript(program: Program, file: Path, metadata: str) -> None:
+    model, images = _cpu_copy(program.model), program.images
     _remember_sizes(model)
     traced = torch.jit.trace(model, images, check_trace=False)
-    if _batch(model) is None:
+    if model.meta["static_batch"] is None:
         three = _images(model, 3)
         try:
             free = _difference(traced(three), model(three)) <= TOLERANCE
@@ -408,18 +437,16 @@ def _remember_sizes(model: fx.GraphModule) -> None:
     model.recompile()
 
 
-def _write_onnx(model: fx.GraphModule, images: torch.Tensor, file: Path, metadata: str) -> None:
-    free = ({0: torch.export.Dim("batch")},) if _batch(model) is None else None
-    program = torch.onnx.export(model, (images,), dynamo=True, input_names=["images"], output_names=["logits"],
-                                dynamic_shapes=free, verbose=False)
-    program.model.metadata_props[METADATA] = metadata
-    program.save(str(file))  # weights inside, unless they are too much for one file
+def _write_onnx(program: Program, file: Path, metadata: str) -> None:
+    free = ({0: "batch"},) if program.model.meta["static_batch"] is None else None  # the batch is free already: this names it
+    onnx = torch.onnx.export(program.exported, dynamo=True, input_names=["images"], output_names=["logits"], dynamic_shapes=free,
+                             verbose=False)
+    onnx.model.metadata_props[METADATA] = metadata
+    onnx.save(str(file))  # weights inside, unless they are too much for one file
 
 
-def _write_pt2(model: fx.GraphModule, images: torch.Tensor, file: Path, metadata: str) -> None:
-    free = ({0: torch.export.Dim.DYNAMIC},) if _batch(model) is None else None
-    program = torch.export.export(model, (images,), dynamic_shapes=free, strict=False)
-    torch.export.save(program, file, extra_files={METADATA: metadata})
+def _write_pt2(program: Program, file: Path, metadata: str) -> None:
+    torch.export.save(program.exported, file, extra_files={METADATA: metadata})
 
 
 def _run_torchscript(file: Path) -> Run:
@@ -457,10 +484,10 @@ def _refuse_pickles(file: Path) -> None:
 
 
 class Format(NamedTuple):
-    """A format of `EXPORTS`: its file in a run folder; `write(model, images, file, metadata)`; `run(file)`."""
+    """A format of `EXPORTS`: its file in a run folder; `write(program, file, metadata)`; `run(file)`."""
 
     file: str
-    write: Callable[[fx.GraphModule, torch.Tensor, Path, str], None]
+    write: Callable[[Program, Path, str], None]
     run: Callable[[Path], Run]
 
 
@@ -471,11 +498,11 @@ EXPORTS: dict[str, Format] = {
 }
 
 
-def export(small: fx.GraphModule, path: str | os.PathLike, format: str, metadata: dict | None = None) -> Path:
+def export(small: fx.GraphModule | Program, path: str | os.PathLike, format: str, metadata: dict | None = None) -> Path:
     """Writes the network in another format. The batch is free unless the network's is fixed; the network stays as it is.
 
     Args:
-        small: the network, on any device.
+        small: the network, on any device, or its `Program`, which several formats can share.
         path: the file, or a folder, where the file gets the name that `EXPORTS` gives it.
         format: a key of `EXPORTS`.
         metadata: JSON data that `read_metadata` finds in the file again, e.g. class names, mean, std.
@@ -492,13 +519,16 @@ def export(small: fx.GraphModule, path: str | os.PathLike, format: str, metadata
     file = Path(path)
     if file.is_dir() or not file.suffix:
         file = file / chosen.file
-    model = _cpu_copy(small)
+    program = small if isinstance(small, Program) else Program(small)
     with writing(file.parent) as aside:
         try:
             with _quiet(), torch.no_grad():
-                chosen.write(model, _images(model, _batch(model) or 2), aside / file.name, json.dumps(metadata or {}))
-        except Exception as error:  # exporters raise whatever they like
-            raise UserError(f"export to {format} failed: {why(error)}") from error
+                chosen.write(program, aside / file.name, json.dumps(metadata or {}))
+        except Exception as error:  # exporters raise whatever they like; what they wrap says more
+            cause: BaseException = error
+            while cause.__cause__ is not None:
+                cause = cause.__cause__
+            raise UserError(f"export to {format} failed: {why(cause)}") from error
     return file
 
 
@@ -566,7 +596,7 @@ def verify(small: fx.GraphModule, folder: str | os.PathLike, input_size: tuple[i
         UserError: an artifact cannot be loaded or run, or differs by more than `TOLERANCE`.
     """
     folder, model = Path(folder), _cpu_copy(small)
-    batches = [_batch(model)] if _batch(model) else [1, 5]
+    batches = [model.meta["static_batch"]] if model.meta["static_batch"] else [1, 5]
     images = [_images(model, n, input_size) for n in batches]
     with torch.no_grad():
         expected = [model(x) for x in images]
@@ -591,11 +621,6 @@ def verify(small: fx.GraphModule, folder: str | os.PathLike, input_size: tuple[i
 
 def _cpu_copy(network: fx.GraphModule) -> fx.GraphModule:
     return copy.deepcopy(network).cpu().eval()
-
-
-def _batch(network: fx.GraphModule) -> int | None:
-    """The fixed batch size; None where it is free."""
-    return None if network.meta["batch"] == BATCH else network.meta["batch"]
 
 
 def _images(network: fx.GraphModule, n: int, input_size: tuple[int, int, int] | None = None) -> torch.Tensor:

@@ -9,24 +9,27 @@ Every call node keeps four facts in `node.meta`, from which labels and cost are 
 * `op`: the ATen operator's name without overload and without the in-place underscore, e.g. `"conv2d"`;
 * `args`: its ATen arguments in schema order, defaults filled in, tensors as `Ref` (a node) or `Param` (a parameter or buffer);
 * `layer`: the layer's name for tables, e.g. `"layer1.0.conv1"`;
-* `shape`: the output's shape (a list of shapes for several outputs) at batch size `BATCH`.
+* `shape`: the output's shape (a list of shapes for several outputs) at the batch size `network.meta["batch"]`, which stands for
+  the free batch: a prime that divides no other size of the network. (`network.meta["static_batch"]` is None, or the one batch
+  size that the network takes.)
 """
 
 from __future__ import annotations
 
+import itertools
+import math
 import operator
+import sys
+import traceback
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Callable, Iterator, NamedTuple
 
 import torch
 from torch import fx, nn
 
 from .errors import UserError
-
-#: Stands for the free batch dimension in recorded shapes: a prime that no layer width or resolution equals.
-BATCH = 1009
-
 
 @dataclass(frozen=True)
 class Ref:
@@ -144,7 +147,7 @@ FUNCTIONS: dict[str, str] = {
         "adaptive_avg_pool2d", "pad", "rms_norm", "scaled_dot_product_attention")},
     **{op: f"torch.{op}" for op in (
         "cat", "permute", "transpose", "matmul", "bmm", "roll", "select", "unbind", "sigmoid", "tanh", "mean", "softmax",
-        "split", "reshape")},
+        "split", "reshape", "einsum")},
     "add": "operator.add", "sub": "operator.sub", "mul": "operator.mul", "div": "operator.truediv",
 }
 
@@ -171,31 +174,49 @@ def capture(model: nn.Module, input_size: tuple[int, int, int]) -> Captured:
     notes = []
     if static_batch:
         notes.append(f"its graph takes batches of {static_batch} only: torch.export insists on a fixed batch")
-    canonical = _Canonical(exported, model)
+    batch = static_batch or _stand_in(exported)
+    canonical = _Canonical(exported, model, batch)
     network = canonical.build()
     notes += canonical.notes
     dropped = sorted({name.split(".")[0] for name, _ in model.named_parameters()}
                      - {name.split(".")[0] for name, _ in network.named_parameters()})
     if dropped:
         notes.append(f"used in training only, dropped: {', '.join(dropped)}")
-    network.meta.update(input_size=list(input_size), batch=static_batch or BATCH)
+    network.meta.update(input_size=list(input_size), batch=batch, static_batch=static_batch)
     return Captured(network, notes, static_batch)
 
 
 def _export(model: nn.Module, input_size: tuple[int, int, int]) -> tuple[torch.export.ExportedProgram, int | None]:
     """The exported program, and the batch size where it could not stay free."""
-    first = None
+    scripted = next((name or "the model" for name, module in model.named_modules() if isinstance(module, torch.jit.ScriptModule)), None)
+    if scripted:
+        raise UserError(f"the model cannot be captured: {scripted} is TorchScript; build it from plain torch.nn modules")
     for batch, dim in ((2, torch.export.Dim.DYNAMIC), (1, None)):
         try:
-            with _marked_drop_paths(model), torch.no_grad():
+            with _marked_drop_paths(model), torch.enable_grad():  # with gradients on, a no_grad in the model leaves its trace
                 exported = torch.export.export(model, (torch.zeros(batch, *input_size),), strict=False,
                                                dynamic_shapes=({0: dim} if dim else None,))
             return exported, None if dim else batch
         except Exception as error:  # torch.export raises whatever the model's own code raises
-            first = first or error
-    line = " ".join(str(first).split())[:300]
-    raise UserError(f"the model cannot be captured at input {'x'.join(map(str, input_size))}: {type(first).__name__}: {line}; "
-                    "check that it runs on a batch of images of that size (--img-size)")
+            last = error
+    raise UserError(f"the model cannot be captured at input {'x'.join(map(str, input_size))}{_culprit(last)}: {type(last).__name__}: "
+                    f"{' '.join(str(last).split())[:160]}; docs/any-model.md says how to go on")
+
+
+def _stand_in(exported: torch.export.ExportedProgram) -> int:
+    """The smallest prime from 37 that divides no size in the graph: small, since labels of a batch merged into channels repeat."""
+    values = [node.meta.get("val") for node in exported.graph.nodes]
+    tensors = [t for value in values for t in (value if isinstance(value, (list, tuple)) else [value]) if isinstance(t, torch.Tensor)]
+    sizes = {size for tensor in tensors for size in tensor.shape if isinstance(size, int)}
+    return next(n for n in itertools.count(37) if all(n % i for i in range(2, math.isqrt(n) + 1))
+                and not any(size and size % n == 0 for size in sizes))
+
+
+def _culprit(error: Exception) -> str:
+    """The last line of the model's own code that an error came through."""
+    ours = tuple(str(Path(module.__file__).parent) for module in (torch, sys.modules[__package__]))
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if not frame.filename.startswith((*ours, "<"))]
+    return f", at {Path(frames[-1].filename).name} line {frames[-1].lineno}, '{frames[-1].line}'" if frames else ""
 
 
 def _inline_regions(outer: fx.GraphModule) -> None:
@@ -204,8 +225,8 @@ def _inline_regions(outer: fx.GraphModule) -> None:
         region = _REGIONS.get(getattr(node.target, "__name__", "")) if node.op == "call_function" else None
         if region is None:
             continue
-        enabled, inner, operands = region(node.args)
-        if enabled:
+        autocast, detached, inner, operands = region(node.args)
+        if autocast:
             raise UserError(f"the model computes a part in autocast ({_where(node)}); take the autocast out of its forward: "
                             "--amp trains in bfloat16")
         place, inner = inner, outer.get_submodule(inner.target)
@@ -213,16 +234,20 @@ def _inline_regions(outer: fx.GraphModule) -> None:
         with outer.graph.inserting_before(node):
             results = outer.graph.graph_copy(inner.graph, dict(zip(inner.graph.find_nodes(op="placeholder"), operands)))
         for user in list(node.users):  # each picks one of the results
-            user.replace_all_uses_with(results[user.args[1]])
-            outer.graph.erase_node(user)
+            if detached:
+                user.target, user.args = torch.ops.aten.detach.default, (results[user.args[1]],)
+            else:
+                user.replace_all_uses_with(results[user.args[1]])
+                outer.graph.erase_node(user)
         outer.graph.erase_node(node)
         outer.graph.erase_node(place)
 
 
-#: Higher-order operators of torch.export: whether the region changes how things are computed, its submodule, its operands.
-_REGIONS: dict[str, Callable[[tuple], tuple[bool, fx.Node, tuple]]] = {
-    "wrap_with_autocast": lambda args: (args[2], args[4], args[5:]),
-    "wrap_with_set_grad_enabled": lambda args: (False, args[1], args[2:]),
+#: Higher-order operators of torch.export: whether autocast is on in the region, whether gradients are off, its submodule, its
+#: operands.
+_REGIONS: dict[str, Callable[[tuple], tuple[bool, bool, fx.Node, tuple]]] = {
+    "wrap_with_autocast": lambda args: (args[2], False, args[4], args[5:]),
+    "wrap_with_set_grad_enabled": lambda args: (False, not args[0], args[1], args[2:]),
 }
 
 
@@ -241,7 +266,8 @@ def _share_tied(exported: torch.export.ExportedProgram, model: nn.Module) -> Non
 class _Canonical:
     """Rewrites one exported program as a GraphModule of torch.nn layers and plain functions."""
 
-    def __init__(self, exported: torch.export.ExportedProgram, model: nn.Module):
+    def __init__(self, exported: torch.export.ExportedProgram, model: nn.Module, batch: int):
+        self.batch = batch
         self.exported = exported
         self.model = model
         self.graph = fx.Graph()
@@ -260,18 +286,19 @@ class _Canonical:
                 if node.name in named:
                     self.params[node] = named[node.name]
                 else:
+                    self.symbols = {v for n in node.meta["val"].shape if not isinstance(n, int) for v in n.node.expr.free_symbols}
                     self.new[node] = self.graph.placeholder(node.name)
-                    self.new[node].meta["shape"] = _shape(node)
+                    self.new[node].meta["shape"] = self._shape(node)
             elif node.op == "output":
                 (outputs,) = node.args
                 if len(outputs) != 1 or not isinstance(outputs[0], fx.Node):
                     raise UserError(f"the model returns {len(outputs)} outputs; wrap it so that it returns the logits alone")
                 self.graph.output(self._value(outputs[0]))
             elif node.op == "call_function":
+                if isinstance(node.target, torch._ops.HigherOrderOperator):
+                    raise UserError(f"the model cannot be captured: it contains the construct '{node.target}' ({_where(node)}); "
+                                    "docs/any-model.md says how to go on")
                 self.new[node] = self._call(node)
-            else:
-                raise UserError(f"the model cannot be captured: it contains the construct {node.target!r} "
-                                f"({_where(node)}); rewrite that part of the model without it")
         network = fx.GraphModule(self.root, self.graph, type(self.model).__name__)
         network.graph.eliminate_dead_code()
         network.delete_all_unused_submodules()
@@ -287,7 +314,7 @@ class _Canonical:
             self._register(name)
             self.new[node] = self.graph.get_attr(name)
             self.new[node].name = node.name  # exported names are unique, those that fx would choose might meet them
-            self.new[node].meta.update(op="get_attr", args=(Param(name),), shape=_shape(node))
+            self.new[node].meta.update(op="get_attr", args=(Param(name),), shape=self._shape(node))
         return self.new[node]
 
     def _register(self, name: str) -> None:
@@ -305,13 +332,27 @@ class _Canonical:
         if _is_identity(op, args, node):
             return self._value(args[0])
         new = self._layer(node, op, args) or self._function(node, op, args)
-        new.meta.update(op=op, shape=_shape(node), layer=self._layer_name(node, args), args=fx.node.map_aggregate(tuple(args), self._reference))
+        new.meta.update(op=op, shape=self._shape(node), layer=self._layer_name(node, args), args=fx.node.map_aggregate(tuple(args), self._reference))
         new.name = node.name
         if _mutates(node) and not _mutates(new):
             # The model changed its input in place; here a new value takes its place for every later reader.
             before = self._value(args[0])
             self.new.update({old: new for old, current in self.new.items() if current is before})
         return new
+
+    def _shape(self, node: fx.Node) -> Any:
+        """Shape of a node's output; a list of shapes for several outputs; None for no tensor."""
+        value = node.meta.get("val")
+        return [self._sizes(v, node) for v in value] if isinstance(value, (list, tuple)) else self._sizes(value, node)
+
+    def _sizes(self, value: Any, node: fx.Node) -> tuple[int, ...] | None:
+        if not isinstance(value, torch.Tensor):
+            return None
+        symbols = {symbol for size in value.shape if not isinstance(size, int) for symbol in size.node.expr.free_symbols}
+        if symbols - self.symbols:
+            raise UserError(f"the model cannot be captured: the shape of {node.name} ({_where(node)}) depends on what is in the image; "
+                            "docs/any-model.md says how to go on")
+        return tuple(s if isinstance(s, int) else int(s.node.expr.subs({v: self.batch for v in symbols})) for s in value.shape)
 
     def _reference(self, value: Any) -> Any:
         if not isinstance(value, fx.Node):
@@ -347,6 +388,8 @@ class _Canonical:
             if self.params.get(tensor) != f"{path}.{attribute}" or len(tensor.users) > 1:
                 return None
         module = layer.build(args, weight.meta["val"], len(node.meta["val"].shape))
+        if any(args[position] is None for attribute, position in layer.tensors.items() if getattr(module, attribute) is not None):
+            return None  # a norm with a weight but no bias, which torch.nn does not make
         for attribute, position in layer.tensors.items():
             if args[position] is not None:
                 tensor = self.tensors[f"{path}.{attribute}"]
@@ -395,6 +438,8 @@ class _Canonical:
         if _is_plain(node, op, args) and not in_place_on_view:
             target = resolve(FUNCTIONS[op])
         kwargs = dict(node.kwargs)
+        if op == "lstm" and not args[5]:
+            return self.graph.call_function(target, fx.node.map_arg((*args[:6], True, *args[7:]), self._value))  # cuDNN trains no other
         if op == "scaled_dot_product_attention" and kwargs.get("scale") is None:
             kwargs["scale"] = args[0].meta["val"].shape[-1] ** -0.5  # it stays when the head dimension is cut
         return self.graph.call_function(target, fx.node.map_arg(node.args, self._value), fx.node.map_arg(kwargs, self._value))
@@ -482,21 +527,6 @@ def _dropout(op: str, args: list) -> nn.Module:
 
         return StochasticDepth(args[1], args[2])
     return (nn.Dropout if op == "dropout" else nn.Dropout2d)(args[1])
-
-
-def _shape(node: fx.Node) -> Any:
-    """Shape of a node's output with `BATCH` for the free batch; a list of shapes for several outputs; None for no tensor."""
-    value = node.meta.get("val")
-    if isinstance(value, (list, tuple)):
-        return [_sizes(v) for v in value]
-    return _sizes(value)
-
-
-def _sizes(value: Any) -> tuple[int, ...] | None:
-    if not isinstance(value, torch.Tensor):
-        return None
-    return tuple(s if isinstance(s, int) else int(s.node.expr.subs({v: BATCH for v in s.node.expr.free_symbols}))
-                 for s in value.shape)
 
 
 def _where(node: fx.Node) -> str:

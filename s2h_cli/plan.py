@@ -21,7 +21,7 @@ from .cost import FORMULAS, CostModel, Count, Product
 from .errors import UserError
 from .graph import Param, Ref
 from .labels import Dim, Solved
-from .rules import Labelled, Tensor, propagate
+from .rules import HEAD_DIM, PICKED, Labelled, Tensor, propagate
 
 #: A group is offered at least this many widths, if it has as many atoms; its step is halved until it is.
 MIN_CANDIDATES = 8
@@ -289,8 +289,10 @@ class Space:
                 continue
             atoms = self._solved.atoms_of(labels)
             stuck = (self._number[atoms] == self.size).all(1)
-            for atom in atoms[stuck, 0].tolist():
-                reason = self._solved.reasons.get(atom, "nothing reads these channels through a weight")
+            for parts in atoms[stuck].tolist():
+                reasons = [self._solved.reasons.get(atom, "nothing reads these channels through a weight") for atom in parts if atom >= 0]
+                # An index that stands for several atoms, as (q, head, channel): what holds its head says more than the rest.
+                reason = next((r for r in reasons if r not in (PICKED, HEAD_DIM)), reasons[-1])
                 layers = by_reason.setdefault(reason, {})
                 layers[_layer_name(name)] = layers.get(_layer_name(name), 0) + 1
         return [Frozen(tuple(layers), reason, sum(layers.values())) for reason, layers in by_reason.items()]

@@ -343,6 +343,13 @@ def rms_norm(call: Call) -> tuple[Dim, ...]:
     return layer_norm(replace(call, args=call.args[:3]))
 
 
+def weight_norm(call: Call) -> tuple[Dim, ...]:
+    """A direction v, each of whose slices along one axis is given the length g."""
+    v, g, axis = call.args
+    call.labels.join(v.dims[axis], g.dims[axis])
+    return v.dims
+
+
 def instance_norm(call: Call) -> tuple[Dim, ...]:
     x, *affine = call.args[:5]
     for tensor in affine:
@@ -544,7 +551,7 @@ def slice_(call: Call) -> tuple[Dim, ...]:
 
 def select(call: Call) -> tuple[Dim, ...]:
     x, axis = call.args[:2]
-    call.labels.freeze(x.dims[axis], "one index picked out of the channels")
+    call.labels.freeze(x.dims[axis], PICKED)
     return _without(x.dims, axis % len(x.shape))
 
 
@@ -628,6 +635,8 @@ def pixel_unshuffle(call: Call) -> tuple[Dim, ...]:
 
 #: Reductions that a normalisation is made of.
 STATISTICS = ("mean", "var", "std", "var_mean", "std_mean", "linalg_vector_norm", "norm")
+#: Why an axis stays whole that one index is picked out of: mostly that of (q, k, v).
+PICKED = "one index picked out of the channels"
 #: Why channels that two activations contract stay whole.
 HEAD_DIM = "contracted between two activations (head dimension of q·k)"
 
@@ -679,7 +688,7 @@ _ELEMENTWISE = """abs acos add addcdiv addcmul asin atan atan2 bitwise_and bitwi
     frac ge gelu gt hardshrink hardsigmoid hardswish hardtanh isfinite isinf isnan le leaky_relu lerp log log10 log1p log2 log_sigmoid
     logical_and logical_not logical_or lt masked_fill maximum minimum mish mul multiply nan_to_num ne neg pow reciprocal relu relu6
     remainder round rsqrt rsub selu sigmoid sign silu sin sinh softplus softshrink sqrt square sub tan tanh threshold to _to_copy
-    true_divide trunc type_as where zeros_like ones_like full_like""".split()
+    true_divide trunc type_as where zeros_like ones_like full_like rand_like randn_like""".split()
 _CONSTANT = "arange empty eye full linspace new_empty new_full new_ones new_zeros ones scalar_tensor zeros".split()
 
 RULES: dict[str, Callable[[Call], Any]] = {
@@ -690,7 +699,7 @@ RULES: dict[str, Callable[[Call], Any]] = {
     "linear": linear, "matmul": matmul, "bmm": matmul, "addmm": add_product, "baddbmm": add_product, "einsum": einsum,
     "scaled_dot_product_attention": attention, "lstm": lstm,
     "batch_norm": batch_norm, "layer_norm": layer_norm, "rms_norm": rms_norm, "group_norm": group_norm,
-    "instance_norm": instance_norm, "prelu": prelu,
+    "instance_norm": instance_norm, "_weight_norm": weight_norm, "prelu": prelu,
     **dict.fromkeys(RESHAPES, reshape),
     "permute": permute, **dict.fromkeys(("transpose", "swapaxes", "swapdims", "t"), transpose),
     **dict.fromkeys(("expand", "broadcast_to"), expand), "expand_as": expand_as,

@@ -171,10 +171,10 @@ def finish(config: Config, folder: Path, method: Any, splits: data.Splits, val: 
     metadata = {**preprocessing, "classes": splits.class_names}
     with console.status("writing and checking artifacts"):
         artifacts.save(folder, small, {**facts, "kept_indices": method.plan.by_group(), "data": metadata})
-        failed = []
+        failed, program = [], artifacts.Program(small)
         for name in artifacts.EXPORTS:  # one format that fails must not cost the others
             try:
-                artifacts.export(small, folder, name, metadata=metadata)
+                artifacts.export(program, folder, name, metadata=metadata)
             except UserError as error:
                 failed.append(str(error))
         differences = artifacts.verify(small, folder, input_size)
@@ -219,7 +219,8 @@ def export(folder: Path, format: str) -> dict[str, float]:
     """
     formats = list(artifacts.EXPORTS) if format == "all" else [format]
     plan, small = artifacts.read_plan(folder), artifacts.load(folder)
-    files = [artifacts.export(small, folder, name, metadata=plan["data"]).name for name in formats]
+    program = artifacts.Program(small)
+    files = [artifacts.export(program, folder, name, metadata=plan["data"]).name for name in formats]
     differences = artifacts.verify(small, folder, plan["input_size"])
     return {name: differences[name] for name in files}
 

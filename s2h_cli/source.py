@@ -29,6 +29,7 @@ AUX_HEADS = ("aux1", "aux2", "AuxLogits")  # training-only heads of googlenet an
 PROBE_SECONDS = 10  # how long the server of the weights may take to answer
 STALL_SECONDS = 30  # a download that brings no byte for so long has failed
 SHOWN_KEYS = 3
+WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel, torch._dynamo.OptimizedModule)  # around a model: taken off
 
 
 @dataclass
@@ -217,6 +218,8 @@ def _from_file(spec: str, num_classes: int | None, img_size: int | None) -> Sour
         raise UserError(f"'{spec}' failed{_where(error, path)} ({why(error)}); mend the function") from error
     if not isinstance(module, nn.Module):
         raise UserError(f"'{spec}' returned a {type(module).__name__}, not a torch.nn.Module; return the model")
+    while isinstance(module, WRAPPERS):
+        module = module._orig_mod if isinstance(module, torch._dynamo.OptimizedModule) else module.module
     cfg = getattr(module, "pretrained_cfg", None) or getattr(module, "default_cfg", None) or {}
     return _source(spec, module, cfg, img_size)
 

@@ -101,7 +101,7 @@ def test_round_trip_is_bit_for_bit(smalls, name, tmp_path):
     assert list(loaded.state_dict()) == list(small.state_dict())
     assert [p.requires_grad for p in loaded.parameters()] == [p.requires_grad for p in small.parameters()]
     assert {k: str(v) for k, v in loaded.named_modules() if k} == {k: str(v) for k, v in small.named_modules() if k}
-    assert loaded.meta["input_size"] == list(SIZE) and loaded.meta["batch"] == small.meta["batch"]
+    assert loaded.meta["input_size"] == list(SIZE) and loaded.meta["static_batch"] is None
     assert not any(module.training for module in loaded.modules())
     twin = copy.deepcopy(loaded).train()
     assert str(twin) and twin(x).requires_grad
@@ -280,7 +280,7 @@ def test_onnx_names(tiny, tmp_path):
 
 def test_fixed_batch(tiny, tmp_path):
     small = copy.deepcopy(tiny)
-    small.meta["batch"] = 3
+    small.meta["static_batch"] = 3
     artifacts.save(tmp_path, small, {})
     for format in artifacts.EXPORTS:
         artifacts.export(small, tmp_path, format)
@@ -312,7 +312,7 @@ def test_verify_sees_changed_weights_and_nan(folder, tiny):
 
 def test_failing_exporter_is_named_and_leaves_nothing(tiny, tmp_path, monkeypatch):
     def fail(*args):
-        args[2].write_text("half")
+        args[1].write_text("half")
         raise RuntimeError("first\nsecond")
 
     monkeypatch.setitem(artifacts.EXPORTS, "pt2", artifacts.EXPORTS["pt2"]._replace(write=fail))
