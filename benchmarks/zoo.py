@@ -18,6 +18,7 @@ import importlib.metadata
 import importlib.util
 import json
 import logging
+import math
 import multiprocessing
 import os
 import platform
@@ -40,6 +41,7 @@ from timm.models._registry import _model_to_module
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "tests"))
 import helpers  # noqa: E402
+import zoo_page  # noqa: E402
 
 from s2h_cli import artifacts  # noqa: E402
 from s2h_cli.cost import count_macs  # noqa: E402
@@ -67,10 +69,10 @@ def examine(spec: str, img_size: int | None = None, exports: bool = True) -> dic
     """Runs every column of the table for one model.
 
     Returns:
-        The model's row. `checks` maps a column to "ok", to why it does not apply, or to what failed; `refused` is the error
-        that a user would see.
+        The model's row. `failed` maps a column to what went wrong, `skipped` to why it does not apply; `refused` is the error that
+        a user would see.
     """
-    row: dict[str, Any] = {"model": spec, "checks": {}}
+    row: dict[str, Any] = {"failed": {}, "skipped": {}}
     try:
         source = load_source(spec, num_classes=CLASSES, pretrained=False, img_size=img_size)
         row["parameters"] = helpers.parameter_count(source.module)
@@ -88,7 +90,7 @@ def examine(spec: str, img_size: int | None = None, exports: bool = True) -> dic
                unknown={op: len(nodes) for op, nodes in space.unknown.items()})
     macs, least = space.macs.by_row(space.full), space.macs.by_row(space.least)
     row["frozen"] = float(macs[macs == least].sum() / macs.sum())
-    row["why"] = [[f.reason, f.channels, list(f.layers[:3])] for f in space.frozen]
+    row["why"] = [[f.reason, f.channels] for f in sorted(space.frozen, key=lambda f: -f.channels)[:3]]
     if space.full_macs > LARGE_MACS and img_size is None:
         half = source.input_size[1] // 64 * 32
         try:
@@ -169,12 +171,12 @@ def random_plan(space: Space, seed: int = 0) -> Plan:
 
 
 def attempt(row: dict[str, Any], name: str, check: Callable[[], str | None]) -> None:
-    start = time.perf_counter()
     try:
-        row["checks"][name] = check() or "ok"
+        skipped = check()
+        if skipped:
+            row["skipped"][name] = skipped
     except Exception as error:
-        row["checks"][name] = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-    row.setdefault("seconds", {})[name] = round(time.perf_counter() - start, 2)
+        row["failed"][name] = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
 
 
 def export(program: artifacts.Program, name: str, input_size: tuple[int, int, int]) -> None:
@@ -288,12 +290,12 @@ def main() -> None:
         if task.function is torch_pruning:
             row["torch_pruning"] = {"works": False, "error": result["died"]} if "died" in result else result
         else:
-            row = data["models"][task.model] = {**result, **{k: row[k] for k in ("torch_pruning",) if k in row}}
+            data["models"][task.model] = {**result, **{k: row[k] for k in ("torch_pruning",) if k in row}}
         data["versions"] = versions()
-        args.output.write_text(json.dumps(data, indent=0) + "\n")
+        write(data, args.output)
         print(f"{done}/{len(tasks)} {task.model}: {summary(task, result)}", flush=True)
     if args.output == DATA:
-        PAGE.write_text(page(data))
+        PAGE.write_text(zoo_page.page(data))
 
 
 def summary(task: Task, result: dict[str, Any]) -> str:
@@ -301,7 +303,14 @@ def summary(task: Task, result: dict[str, Any]) -> str:
         return result.get("died") or result["refused"]
     if task.function is torch_pruning:
         return "Torch-Pruning works"
-    return "; ".join(f"{name}: {found}" for name, found in result["checks"].items() if found != "ok") or "ok"
+    return "; ".join(f"{name}: {found}" for name, found in result["failed"].items()) or "ok"
+
+
+def write(data: dict[str, Any], path: Path) -> None:
+    """One line a model, figures of four digits."""
+    rounded = json.loads(json.dumps(data), parse_float=lambda text: float(f"{float(text):.4g}"))
+    lines = [f"  {json.dumps(name)}: {json.dumps(row)}" for name, row in sorted(rounded["models"].items())]
+    path.write_text(f'{{\n"versions": {json.dumps(rounded["versions"])},\n"models": {{\n' + ",\n".join(lines) + "\n}\n}\n")
 
 
 def versions() -> dict[str, str]:
@@ -312,20 +321,21 @@ def versions() -> dict[str, str]:
 
 
 def pick() -> list[str]:
-    """torchvision's classifiers; of each model file of timm the smallest classifier and the one of median size, among those
-    below 100 M parameters where it has any. timm's `test_` models, made to be tiny, are left out."""
+    """Of each model file of timm the smallest classifier and the one of median size, among those below 30 M parameters, else
+    100 M, where that leaves two; and torchvision's classifiers. timm's `test_` models, made to be tiny, are left out."""
     sizes: dict[str, dict[str, int]] = defaultdict(dict)
     for name in timm.list_models(exclude_filters=["test_*"]):
         with torch.device("meta"):
             model = timm.create_model(name)
         if not name.endswith("_enc"):  # encoders of tokens, which give no logits
             sizes[_model_to_module[name]][name] = helpers.parameter_count(model)
-    names = [TORCHVISION + name for name in torchvision.models.list_models(module=torchvision.models)]
+    names = []
     for file in sorted(sizes):
         by_size = sorted(sizes[file], key=lambda name: (sizes[file][name], name))
-        usual = [name for name in by_size if sizes[file][name] < 100e6] or by_size
-        names += dict.fromkeys([by_size[0], usual[len(usual) // 2] if len(usual) > 1 else by_size[min(1, len(by_size) - 1)]])
-    return names
+        usual = next(part for limit in (30e6, 100e6, math.inf)
+                     if len(part := [name for name in by_size if sizes[file][name] < limit]) > 1 or part == by_size)
+        names += dict.fromkeys([by_size[0], usual[len(usual) // 2]])
+    return names + [TORCHVISION + name for name in torchvision.models.list_models(module=torchvision.models)]
 
 
 if __name__ == "__main__":

@@ -100,6 +100,17 @@ def export(
         print(f"{folder / name}  largest relative difference {difference:.1e}")
 
 
+@app.command(epilog="Example: s2h models 'convnext*'")
+def models(
+    glob: Annotated[Optional[str], typer.Argument(metavar="[GLOB]", help="Names of timm and torchvision to list. [default: those measured]")] = None,
+) -> None:
+    """List models and what was measured of them: cost, what is frozen, how small they can get."""
+    from . import zoo
+    from .report import tables
+
+    tables.console().print(tables.models(zoo.known(glob), zoo.load()["versions"]))
+
+
 @app.command("eval", epilog="Example: s2h eval runs/resnet18-f0.35/model.onnx --data digits")
 def evaluate(
     artifact: Annotated[Path, typer.Argument(metavar="RUN | FILE", help="The folder of a run, or its model.onnx, model.ts or model.pt2.")],
@@ -130,7 +141,7 @@ def main(args: list[str] | None = None) -> None:
     except Exception as error:
         if not hasattr(error, "format_message"):  # what typer finds wrong with the arguments
             raise
-        command = f"s2h {args[0]}" if args[0] in ("prune", "inspect", "export", "eval") else "s2h"
+        command = f"s2h {args[0]}" if args[0] in ("prune", "inspect", "export", "models", "eval") else "s2h"
         fail(f"{error.format_message().rstrip('.')}; see {command} --help")
     raise SystemExit(code or 0)
 

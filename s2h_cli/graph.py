@@ -89,6 +89,24 @@ def _marked_drop_paths(model: nn.Module) -> Iterator[None]:
             del module.forward
 
 
+@contextmanager
+def _custom_gradients() -> Iterator[set[str]]:
+    """Names of the user's own `torch.autograd.Function`s that are called meanwhile."""
+    found: set[str] = set()
+    original = torch.autograd.Function.__dict__["apply"]
+
+    def apply(cls: type, *args: Any, **kwargs: Any) -> Any:
+        if not cls.__module__.startswith("torch."):
+            found.add(cls.__name__)
+        return original.__get__(None, cls)(*args, **kwargs)
+
+    torch.autograd.Function.apply = classmethod(apply)
+    try:
+        yield found
+    finally:
+        torch.autograd.Function.apply = original
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # ATen operators whose parameters belong to one torch.nn layer: how to build the layer from the ATen arguments.
 
@@ -168,7 +186,8 @@ def capture(model: nn.Module, input_size: tuple[int, int, int]) -> Captured:
         UserError: `torch.export` cannot capture the model, or it does not map one tensor to one tensor.
     """
     model.eval()
-    exported, static_batch = _export(model, input_size)
+    with _custom_gradients() as custom:
+        exported, static_batch = _export(model, input_size)
     _inline_regions(exported.graph_module)
     _share_tied(exported, model)
     notes = []
@@ -178,6 +197,8 @@ def capture(model: nn.Module, input_size: tuple[int, int, int]) -> Captured:
     canonical = _Canonical(exported, model, batch)
     network = canonical.build()
     notes += canonical.notes
+    if custom:
+        notes.append(f"captured by their forward, whose gradient replaces the backward they define: {', '.join(sorted(custom))}")
     dropped = sorted({name.split(".")[0] for name, _ in model.named_parameters()}
                      - {name.split(".")[0] for name, _ in network.named_parameters()})
     if dropped:

@@ -160,7 +160,7 @@ def _from_torchvision(spec: str, wanted: bool, download: bool, img_size: int | N
     size = preprocessing.crop_size[0]
 
     def build(pretrained: bool) -> nn.Module:
-        if pretrained:
+        if pretrained and not (name.startswith("vit_") and img_size):
             return torchvision.models.get_model(name, weights=weights)
         options = {}
         if name in ("googlenet", "inception_v3"):
@@ -169,11 +169,14 @@ def _from_torchvision(spec: str, wanted: bool, download: bool, img_size: int | N
         if name.startswith("vit_"):
             options["image_size"] = size if img_size is None else img_size
         try:
-            return torchvision.models.get_model(name, weights=None, **options)
+            module = torchvision.models.get_model(name, weights=None, **options)
         except Exception as error:
             raise UserError(
                 f"torchvision cannot build '{name}'{_at_size(img_size)} ({why(error)}); choose another --img-size"
             ) from error
+        if pretrained:
+            module.load_state_dict(_resampled(module, weights.get_state_dict(progress=False)))
+        return module
 
     module = _download(build, spec, None, weights.url) if download else build(pretrained=False)
     dropped = [aux for aux in AUX_HEADS if getattr(module, aux, None) is not None]
@@ -418,6 +421,14 @@ def _new_head(old: int, new: int) -> str:
     return f"the head is new and untrained: {new} classes in place of {old}"
 
 
+def _resampled(module: nn.Module, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Position embeddings and tables fitted to the model's image size, as timm and torchvision do it for their own weights."""
+    if isinstance(module, torchvision.models.VisionTransformer):
+        return torchvision.models.vision_transformer.interpolate_embeddings(module.image_size, module.patch_size, state)
+    resample = getattr(sys.modules[type(module).__module__], "checkpoint_filter_fn", None)
+    return resample(state, module) if resample else state
+
+
 def _load_weights(source: Source, path: Path, num_classes: int | None) -> None:
     """Loads a file into the model; a head for another number of classes stays freshly initialised."""
     if not path.is_file():
@@ -433,13 +444,18 @@ def _load_weights(source: Source, path: Path, num_classes: int | None) -> None:
         raise UserError(f"'{path}' holds no state dict; save it with torch.save(model.state_dict(), FILE)")
 
     own = source.module.state_dict()
+    heads = {f"{name}.{part}" for name in _head_names(source.module, num_classes or 0) for part in ("weight", "bias")}
+    if any(key in own and key not in heads and own[key].shape != value.shape for key, value in state.items()):
+        try:
+            state = _resampled(source.module, state)
+        except Exception:  # weights of another model: what does not fit is told below
+            pass
     aux = tuple(f"{name}." for name in AUX_HEADS if getattr(source.module, name, ...) is None)
     state = {key: value for key, value in state.items() if not key.startswith(aux)}
     missing = [key for key in own if key not in state and not key.endswith("num_batches_tracked")]
     unexpected = [key for key in state if key not in own]
     wrong = [key for key in state if key in own and state[key].shape != own[key].shape]
     if num_classes is not None and not missing and not unexpected:
-        heads = {f"{name}.{part}" for name in _head_names(source.module, num_classes) for part in ("weight", "bias")}
         if wrong and all(key in heads and state[key].shape[1:] == own[key].shape[1:] for key in wrong):
             source.notes.append(_new_head(len(state[wrong[0]]), num_classes))
             for key in wrong:

@@ -81,7 +81,7 @@ def exact_groups(network: fx.GraphModule, space: Space) -> list[bool]:
 
 
 #: Normalisations that may take statistics over channels; batch norm does of a weight (weight standardisation).
-NORMS = ("layer_norm", "rms_norm", "group_norm", "batch_norm", *STATISTICS)
+NORMS = ("layer_norm", "rms_norm", "group_norm", "batch_norm", "_weight_norm", *STATISTICS)
 
 
 def normalised_axes(node: fx.Node) -> list[int]:
@@ -93,6 +93,8 @@ def normalised_axes(node: fx.Node) -> list[int]:
         return [axis % rank for axis in ([axes] if type(axes) is int else axes or range(rank))]
     if op == "group_norm":
         return [1]
+    if op == "_weight_norm":
+        return [axis for axis in range(rank) if axis != args[2]]
     if op == "batch_norm":
         return [axis for axis in range(rank) if axis != 1] if args[5] else []
     return list(range(rank - len(args[1]), rank))
@@ -122,6 +124,8 @@ class Masked(fx.Interpreter):
             if parts is not None:
                 shape = [-1 if i == axis else 1 for i in range(x.ndim)]
                 keep = keep * torch.from_numpy(self.plan.kept(parts)).reshape(shape)
+        if op == "_weight_norm":
+            return node.target(x * keep, *rest).nan_to_num(0)  # a row that is cut whole has no length
         if op == "group_norm":
             affine, eps, shape = args[2:4], args[4], (-1, *(1,) * (x.ndim - 2))
             rows = lambda t: t.reshape(len(x), args[1], -1)  # noqa: E731

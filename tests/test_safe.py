@@ -606,6 +606,32 @@ def test_free_channels(name):
     assert {group.size for group in space.groups} >= FREE[name]
 
 
+HEADS = ["attention", "attention_by_hand", "cosine_attention", "one_key_for_all", "einsum_of_activations"]
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_the_head_dimension_is_cut_when_asked_for(name):
+    """And the softmax scale stays: the reference computes the whole network's."""
+    _, network, whole = space_of(name)
+    space = Space(network, prune_head_dim=True)
+    assert space.size > whole.size and not any("head dimension" in frozen.reason for frozen in space.frozen)
+    assert max(error_of_cutting(network, plan, masked=True) for plan in plans(space)) < 1e-5
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_macs_of_cut_heads(name):
+    _, network, _ = space_of(name)
+    space = Space(network, prune_head_dim=True)
+    plan = random_plan(space)
+    assert planned_macs(space, plan.widths) == fvcore_macs(rebuild(network, plan), SIZE)
+
+
+def test_rotary_channels_stay_whole():
+    """They come in pairs of one angle, cut or not."""
+    _, network, whole = space_of("rotary_attention")
+    assert Space(network, prune_head_dim=True).size == whole.size
+
+
 def test_an_operator_without_a_rule_is_named():
     assert space_of("mystery")[2].unknown == {"s2h_test::mystery": ["mystery"]}
 

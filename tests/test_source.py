@@ -211,6 +211,35 @@ def test_weights_win_over_the_download_and_a_head_of_other_size_is_dropped(tmp_p
     assert load_source(spec, num_classes=5, weights=path, img_size=64).notes == source.notes[:1]  # the head fits
 
 
+def test_weights_of_another_image_size_are_resampled(tmp_path):
+    large = load_source("vit_tiny_patch16_224", num_classes=5, pretrained=False, img_size=64).module.state_dict()
+    torch.save(large, tmp_path / "weights.pth")
+    small = load_source("vit_tiny_patch16_224", num_classes=5, weights=tmp_path / "weights.pth", img_size=32)
+    expected = timm.layers.resample_abs_pos_embed(large["pos_embed"], new_size=[2, 2], num_prefix_tokens=1)
+    torch.testing.assert_close(small.module.pos_embed, expected)
+    assert all(torch.equal(value, large[key]) for key, value in small.module.state_dict().items() if key != "pos_embed")
+
+
+def test_published_weights_of_torchvision_are_resampled(monkeypatch):
+    weights = torchvision.models.ViT_B_16_Weights.DEFAULT
+    published = torchvision.models.vit_b_16(image_size=weights.transforms().crop_size[0]).state_dict()
+    monkeypatch.setattr(type(weights), "get_state_dict", lambda self, **options: dict(published))
+    monkeypatch.setattr(source_file, "_answers", lambda url: True)
+    source = load_source("torchvision:vit_b_16", img_size=32)
+    assert source.input_size == (3, 32, 32) and source.pretrained
+    assert torch.equal(source.module.heads.head.weight, published["heads.head.weight"])
+    assert source.module.encoder.pos_embedding.shape == (1, 5, 768)
+
+
+def test_wrappers_are_taken_off(tmp_path):
+    (tmp_path / "wrapped.py").write_text("import torch\nfrom torch import nn\n"
+                                         "def net(): return nn.Sequential(nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten())\n"
+                                         "def parallel(): return nn.DataParallel(net())\n"
+                                         "def compiled(): return torch.compile(net())\n")
+    for name in ("parallel", "compiled"):
+        assert type(load_source(f"{tmp_path / 'wrapped.py'}:{name}").module) is torch.nn.Sequential
+
+
 def test_weights_errors(net, tmp_path):
     spec, path = f"{net}:build", tmp_path / "weights.pth"
     assert "weights.pth" in refusal(spec, weights=path)

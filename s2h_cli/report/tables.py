@@ -9,6 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from .. import CONVENTION
+from ..zoo import Known, passes
 
 BAR = 10
 
@@ -85,6 +86,28 @@ def _frozen(facts: dict[str, Any]) -> Table:
     table = _table("\nFrozen: left whole", "*reason", ">channels", "*layers")
     for f in facts["frozen"]:
         table.add_row(f["reason"], str(f["channels"]), _names(f["layers"]))
+    return table
+
+
+def models(found: list[Known], versions: dict[str, str]) -> Table:
+    """What `s2h models` shows."""
+    table = _table("Models", "*model", ">params", ">MACs", ">groups", ">frozen", ">least", "*")
+    for model in found:
+        row = model.row
+        if row is None:
+            table.add_row(model.name, "", "", "", "", "", "not measured")
+        elif "macs" not in row:
+            table.add_row(model.name, "", "", "", "", "", row.get("refused") or row["died"])
+        else:
+            trouble = f"fails: {', '.join(row['failed'])}" if row["failed"] else ""
+            table.add_row(model.name, quantity(row["parameters"]), quantity(row["macs"]), str(row["groups"]), f"{row['frozen']:.1%}",
+                          f"{row['min_ratio']:.3f}", trouble)
+    measured = [model for model in found if model.row]
+    good = sum(passes(model.row) for model in measured)
+    table.caption = (f"{len(measured)} of {len(found)} measured, on torch {versions['torch']} and timm {versions['timm']}: {good} pass every check.\n"
+                     "frozen: share of MACs that no choice of widths lowers; least: smallest reachable ratio.\n"
+                     "s2h inspect MODEL tells the same of any model, measured or not.")
+    table.caption_justify = "left"
     return table
 
 
