@@ -51,6 +51,8 @@ def totals(rows: Rows) -> str:
     lines = ["| | models | pass every column | of these: frozen below 10 % and 0.35 reachable | labels, s (median, max) "
              "| Torch-Pruning: runs afterwards | its s (median) |", "|---|--:|--:|--:|--:|--:|--:|"]
     for name, part in libraries(rows).items():
+        if not part:
+            continue
         good = [row for row in part.values() if passes(row)]
         free = [row for row in good if row["frozen"] < 0.1 and row["min_ratio"] <= 0.35]
         seconds = [row["label_s"] for row in part.values() if "label_s" in row]

@@ -108,18 +108,19 @@ class Space:
         self.frozen = self._frozen(labelled)
         self.unknown = labelled.unknown
         self._count(network, labelled)
+        self._parts_of.clear()
 
     # -- widths ---------------------------------------------------------------------------------------------------
 
     @property
     def full(self) -> np.ndarray:
         """Widths (groups,) with nothing cut."""
-        return np.array([g.size for g in self.groups])
+        return np.array([g.size for g in self.groups], int)
 
     @property
     def least(self) -> np.ndarray:
         """The smallest widths (groups,)."""
-        return np.array([g.candidates[0] for g in self.groups])
+        return np.array([g.candidates[0] for g in self.groups], int)
 
     @cached_property
     def full_macs(self) -> int:
@@ -207,11 +208,17 @@ class Space:
             name = name if names[name] == 1 else f"{name}#{names[name]}"
             self.groups.append(Group(name, start, start + size, step, wide, tuple(tied)))
 
+        # Group of each atom, (size + 1,); the padding belongs to no group.
+        self._owner = np.append(np.repeat(np.arange(len(self.groups)), self.full), len(self.groups))
+        self._parts_of: dict[int, np.ndarray | None] = {}  # by identity: `labelled` keeps the arrays alive meanwhile
+
     def _parts(self, dim: Dim) -> np.ndarray | None:
         if dim is None:
             return None
-        parts = self._number[self._solved.atoms_of(dim)]
-        return parts if (parts < self.size).any() else None
+        if id(dim) not in self._parts_of:
+            parts = self._number[self._solved.atoms_of(dim)]
+            self._parts_of[id(dim)] = parts if (parts < self.size).any() else None
+        return self._parts_of[id(dim)]
 
     def _freeze_irregular(self, labelled: Labelled) -> bool:
         """Freezes atoms that combine in a pattern that widths alone do not describe; whether there were any."""
@@ -230,20 +237,15 @@ class Space:
         """Whether the axis holds every combination of its groups' atoms equally often."""
         if parts.shape[1] == 1:  # single atoms: of one signature, so they occur equally often
             return True
-        tuples, times = np.unique(np.sort(parts, 1), axis=0, return_counts=True)
-        kinds, which = np.unique(self._owner[tuples], axis=0, return_inverse=True)
+        tuples, _, times = _unique_rows(np.sort(parts, 1), self.size + 1)
+        kinds, which, _ = _unique_rows(self._owner[tuples], len(self.groups) + 1)
         for i, kind in enumerate(kinds):
             groups = kind[kind < len(self.groups)].tolist()
-            mine = times[which.reshape(-1) == i]
+            mine = times[which == i]
             distinct = len(set(groups)) == len(groups)
             if not distinct or len(mine) != math.prod(self.groups[g].size for g in groups) or len(set(mine.tolist())) > 1:
                 return False
         return True
-
-    @property
-    def _owner(self) -> np.ndarray:
-        """Group of each atom, (size + 1,); the padding belongs to no group."""
-        return np.append(np.repeat(np.arange(len(self.groups)), self.full), len(self.groups))
 
     def _count(self, network: fx.GraphModule, labelled: Labelled) -> None:
         cache: dict[int, Count] = {}
@@ -273,8 +275,7 @@ class Space:
         return axis[0] if parts is None else parts
 
     def _polynomial(self, parts: np.ndarray) -> Count:
-        owners = np.sort(self._owner[parts], 1)
-        kinds, times = np.unique(owners, axis=0, return_counts=True)
+        kinds, _, times = _unique_rows(np.sort(self._owner[parts], 1), len(self.groups) + 1)
         terms = []
         for kind, n in zip(kinds, times):
             groups = tuple(int(g) for g in kind if g < len(self.groups))
@@ -368,6 +369,18 @@ def _live_atoms(solved: Solved, dim: Dim) -> np.ndarray:
     atoms = solved.atoms_of(dim).ravel()
     atoms = atoms[atoms >= 0]
     return atoms[~solved.frozen[atoms]]
+
+
+def _unique_rows(rows: np.ndarray, base: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Distinct rows (n, k) of integers from 0 to base - 1, for each given row its place among them, and how often each occurs:
+    `np.unique(rows, axis=0, ...)` by way of one integer a row, which sorts faster, where that fits."""
+    k = rows.shape[1]
+    if base ** k > np.iinfo(np.int64).max:
+        unique, place, times = np.unique(rows, axis=0, return_inverse=True, return_counts=True)
+        return unique, place.reshape(-1), times
+    powers = np.array([base ** i for i in reversed(range(k))])
+    unique, place, times = np.unique(rows @ powers, return_inverse=True, return_counts=True)
+    return unique[:, None] // powers % base, place, times
 
 
 def _hash(key: str) -> np.uint64:

@@ -176,11 +176,6 @@ def elementwise(call: Call) -> tuple[Dim, ...]:
     return tuple(out)
 
 
-def like_first(call: Call) -> tuple[Dim, ...]:
-    """One input, and the output has its labels."""
-    return call.args[0].dims
-
-
 def spatial(call: Call) -> tuple[Dim, ...]:
     """Pooling, resizing: the last d axes must be unlabelled, d being the operator's (`max_pool2d`: two); the others pass."""
     x = call.args[0]

@@ -12,7 +12,7 @@ from s2h_cli.cost import count_macs
 from s2h_cli.graph import Captured, Param, Ref, capture, tensors_of
 from s2h_cli.plan import Plan, Space
 from s2h_cli.rules import STATISTICS
-from s2h_cli.rebuild import insert_gates, kept_indices, rebuild, resize, skeleton, slice_parameters
+from s2h_cli.rebuild import insert_gates, kept_indices, rebuild, resize, slice_parameters
 
 
 def randomise(module: nn.Module, seed: int = 0) -> nn.Module:
