@@ -61,7 +61,7 @@ def _einsum(args: tuple, out: Tensor) -> list[Product]:
     return [(1, _axes(out) + [axis for letter, axis in axes.items() if letter not in output])]
 
 
-def _lstm(args: tuple, out: Tensor) -> list[Product]:
+def _recurrent(args: tuple, out: Tensor) -> list[Product]:
     return [(1, _axes(args[0], 0, -1) + _axes(weight)) for weight in args[2] if len(weight.shape) == 2]
 
 
@@ -97,7 +97,8 @@ FORMULAS: dict[str, Callable[[tuple, Tensor], list[Product]]] = {
     "conv1d": _conv, "conv2d": _conv, "conv3d": _conv, "linear": _linear, "matmul": _matmul, "bmm": _matmul,
     "addmm": _add_product, "baddbmm": _add_product,
     **dict.fromkeys(("conv_transpose1d", "conv_transpose2d", "conv_transpose3d"), _transposed_conv),
-    "einsum": _einsum, "scaled_dot_product_attention": _attention, "lstm": _lstm,
+    "einsum": _einsum, "scaled_dot_product_attention": _attention,
+    **dict.fromkeys(("lstm", "gru", "rnn_tanh", "rnn_relu"), _recurrent),
     "batch_norm": _batch_norm, "layer_norm": _norm, "group_norm": _norm, "instance_norm": _instance_norm,
     "adaptive_avg_pool2d": lambda args, out: [(1, _axes(args[0]))],
     "grid_sampler": lambda args, out: [(4, _axes(out))],
@@ -185,7 +186,7 @@ def count_macs(network: nn.Module, input_size: tuple[int, int, int]) -> dict[str
         "aten::_convolution_mode": lambda i, o: math.prod(_sizes(o[0])) * math.prod(_sizes(i[1])[1:]),
         "aten::matmul": lambda i, o: math.prod(_sizes(o[0])) * _sizes(i[0])[-1],
         "aten::baddbmm": lambda i, o: math.prod(_sizes(o[0])) * _sizes(i[1])[-1],
-        "aten::lstm": _lstm_handle,
+        **dict.fromkeys(("aten::lstm", "aten::gru", "aten::rnn_tanh", "aten::rnn_relu"), _recurrent_handle),
         "aten::einsum": lambda i, o: math.prod(_sizes(o[0])) * contracted(
             i[0].toIValue(), [_sizes(value) for value in i[1].node().inputs()]),
     })
@@ -205,6 +206,6 @@ def _attention_handle(inputs: list[Any], outputs: list[Any]) -> int:
     return math.prod(q) * k[-2] + math.prod(q[:-1]) * k[-2] * v[-1]
 
 
-def _lstm_handle(inputs: list[Any], outputs: list[Any]) -> int:
+def _recurrent_handle(inputs: list[Any], outputs: list[Any]) -> int:
     weights = [_sizes(value) for value in inputs[2].node().inputs()]
     return sum(math.prod(_sizes(inputs[0])[:-1]) * math.prod(w) for w in weights if len(w) == 2)

@@ -459,7 +459,7 @@ class _Canonical:
         if _is_plain(node, op, args) and not in_place_on_view:
             target = resolve(FUNCTIONS[op])
         kwargs = dict(node.kwargs)
-        if op == "lstm" and not args[5]:
+        if op in ("lstm", "gru", "rnn_tanh", "rnn_relu") and not args[5]:
             return self.graph.call_function(target, fx.node.map_arg((*args[:6], True, *args[7:]), self._value))  # cuDNN trains no other
         if op == "scaled_dot_product_attention" and kwargs.get("scale") is None:
             kwargs["scale"] = args[0].meta["val"].shape[-1] ** -0.5  # it stays when the head dimension is cut

@@ -160,7 +160,7 @@ class Space:
             for name in dict.fromkeys(parameters(use.operand)):
                 shape, dims = labelled.params[name][:2]
                 for i, dim in enumerate(dims):
-                    if math.prod(shape) > shape[i] and dim is not None and atoms == set(self._solved.atoms_of(dim).ravel().tolist()):
+                    if math.prod(shape) > shape[i] and dim is not None and atoms <= set(self._solved.atoms_of(dim).ravel().tolist()):
                         yield name, i
 
     def _group(self, labelled: Labelled, divisor: int) -> None:

@@ -360,19 +360,19 @@ def prelu(call: Call) -> tuple[Dim, ...]:
     return x.dims
 
 
-def lstm(call: Call) -> list[tuple[Dim, ...]]:
-    """Each direction reads the input through one weight; what it computes stays whole."""
+def recurrent(call: Call) -> list[tuple[Dim, ...]]:
+    """Each direction of an LSTM, GRU or RNN reads the input through one weight; what it computes stays whole."""
     x, state, weights, has_biases, layers, _, _, bidirectional = call.args[:8]
     inputs = weights[:: 4 if has_biases else 2][:1 + bidirectional] if layers == 1 else []
-    for tensor in (*state, *weights):
+    for tensor in _tensors((state, weights)):
         for axis, dim in enumerate(tensor.dims):
             if axis != 1 or not any(tensor is w for w in inputs):
-                call.labels.freeze(dim, "hidden state of an LSTM")
+                call.labels.freeze(dim, f"hidden state of {call.op}")
     for weight in inputs:
         call.labels.join(x.dims[-1], weight.dims[1], "input of a layer that cannot be cut")
         _read(call, weight, 1)
     for dim in x.dims if not inputs else x.dims[:-1]:
-        call.labels.freeze(dim, "steps of an LSTM")
+        call.labels.freeze(dim, f"steps of {call.op}")
     return [(None,) * len(shape) for shape in call.outputs]
 
 
@@ -426,6 +426,12 @@ def _spans(shape: tuple[int, ...]) -> list[tuple[int, int]]:
 
 def permute(call: Call) -> tuple[Dim, ...]:
     x, order = call.args[:2]
+    return tuple(x.dims[i] for i in order)
+
+
+def movedim(call: Call) -> tuple[Dim, ...]:
+    x, source, destination = call.args
+    order = np.moveaxis(np.empty(tuple(range(len(x.shape)))), source, destination).shape
     return tuple(x.dims[i] for i in order)
 
 
@@ -678,11 +684,11 @@ def _without(items: tuple, axis: int) -> tuple:
     return items[:axis] + items[axis + 1:]
 
 
-_ELEMENTWISE = """abs acos add addcdiv addcmul asin atan atan2 bitwise_and bitwise_not bitwise_or ceil celu clamp clamp_max clamp_min
+_ELEMENTWISE = """abs acos add alpha_dropout addcdiv addcmul asin atan atan2 bitwise_and bitwise_not bitwise_or ceil celu clamp clamp_max clamp_min
     clone contiguous copy cos cosh detach div dropout drop_path elu eq erf erfc exp exp2 expm1 feature_dropout floor floor_divide fmod
     frac ge gelu gt hardshrink hardsigmoid hardswish hardtanh isfinite isinf isnan le leaky_relu lerp log log10 log1p log2 log_sigmoid
     logical_and logical_not logical_or lt masked_fill maximum minimum mish mul multiply nan_to_num ne neg pow reciprocal relu relu6
-    remainder round rsqrt rsub selu sigmoid sign silu sin sinh softplus softshrink sqrt square sub tan tanh threshold to _to_copy
+    remainder round rrelu rsqrt rsub selu sigmoid sign silu sin sinh softplus softshrink sqrt square sub tan tanh threshold to _to_copy
     true_divide trunc type_as where zeros_like ones_like full_like rand_like randn_like""".split()
 _CONSTANT = "arange empty eye full linspace new_empty new_full new_ones new_zeros ones scalar_tensor zeros".split()
 
@@ -692,17 +698,18 @@ RULES: dict[str, Callable[[Call], Any]] = {
     **dict.fromkeys(("conv1d", "conv2d", "conv3d"), conv),
     **dict.fromkeys(("conv_transpose1d", "conv_transpose2d", "conv_transpose3d"), transposed_conv),
     "linear": linear, "matmul": matmul, "bmm": matmul, "addmm": add_product, "baddbmm": add_product, "einsum": einsum,
-    "scaled_dot_product_attention": attention, "lstm": lstm,
+    "scaled_dot_product_attention": attention,
+    **dict.fromkeys(("lstm", "gru", "rnn_tanh", "rnn_relu"), recurrent),
     "batch_norm": batch_norm, "layer_norm": layer_norm, "rms_norm": rms_norm, "group_norm": group_norm,
     "instance_norm": instance_norm, "_weight_norm": weight_norm, "prelu": prelu,
     **dict.fromkeys(RESHAPES, reshape),
-    "permute": permute, **dict.fromkeys(("transpose", "swapaxes", "swapdims", "t"), transpose),
+    "permute": permute, "movedim": movedim, **dict.fromkeys(("transpose", "swapaxes", "swapdims", "t"), transpose),
     **dict.fromkeys(("expand", "broadcast_to"), expand), "expand_as": expand_as,
     **dict.fromkeys(("repeat", "tile"), repeat), "repeat_interleave": repeat_interleave,
     **dict.fromkeys(("mean", "sum", "amax", "amin", "var", "std", "logsumexp", "argmax", "argmin", "prod", "any", "all"), reduce),
     **dict.fromkeys(("max", "min", "median", "var_mean", "std_mean"), reduce_twice),
     **dict.fromkeys(("linalg_vector_norm", "norm"), norm),
-    **dict.fromkeys(("softmax", "log_softmax", "cumsum"), along),
+    **dict.fromkeys(("softmax", "log_softmax", "cumsum", "cumprod"), along),
     **dict.fromkeys(("max_pool1d", "max_pool2d", "max_pool3d", "avg_pool1d", "avg_pool2d", "avg_pool3d", "adaptive_avg_pool1d",
                      "adaptive_avg_pool2d", "adaptive_avg_pool3d", "upsample_linear1d", "upsample_nearest2d", "upsample_bilinear2d",
                      "upsample_bicubic2d", "_upsample_bilinear2d_aa", "_upsample_bicubic2d_aa"), spatial),

@@ -271,6 +271,11 @@ middle("merged_weights", lambda n, x: F.conv2d(n.b(x), F.pad(n.c.weight, (1, 1, 
        k=lambda: conv(16, 16, 3))
 middle("lstm", lambda n, x: n.l(n.r(n.l(x))[0]), free={16}, base=Tokens, l=lambda: nn.Linear(16, 16),
        r=lambda: nn.LSTM(16, 8, batch_first=True, bidirectional=True))
+middle("attention_over_sequences_first", lambda n, x: x + n.m(*[x.transpose(0, 1)] * 2, 2 * x.transpose(0, 1))[0].transpose(0, 1), free={4},
+       base=Tokens, m=lambda: nn.MultiheadAttention(16, 4))
+middle("gru", lambda n, x: n.l(n.r(n.l(x))[0]), free={16}, base=Tokens, l=lambda: nn.Linear(16, 16),
+       r=lambda: nn.GRU(16, 16, batch_first=True))
+middle("movedim", lambda n, x: n.l(n.b(x).movedim(1, -1)).movedim(-1, 1), free={16}, l=lambda: nn.Linear(16, 16))
 middle("narrowed", lambda n, x: n.e(n.b(x).narrow(1, 4, 10)), e=lambda: conv(10, 16))
 
 
