@@ -57,6 +57,7 @@ DATA = ROOT / "s2h_cli" / "zoo.json"
 PAGE = ROOT / "docs" / "zoo.md"
 LIMIT_S, LIMIT_TP_S, LIMIT_BYTES = 600, 30, 14 << 30
 RATIO = 0.5
+TOLERANCE = 1e-4
 LARGE_MACS = 5e9  # a model above it is checked at half its resolution
 CLASSES = 10
 
@@ -109,12 +110,16 @@ def examine(spec: str, img_size: int | None = None, exports: bool = True) -> dic
     x = helpers.images(network, captured.static_batch or 3)
     with torch.no_grad():
         y = small(x)
+        tolerance = max(TOLERANCE, 10 * rounding(small, x))
+    if tolerance > TOLERANCE:
+        row["tolerance"] = tolerance
 
     def same_graph() -> None:
-        close(network(x), source.module.eval()(x), 1e-4)
+        close(network(x), source.module.eval()(x), tolerance)
 
     def hard() -> None:
-        identical(helpers.hard_output(network, skeleton(network), plan, x), y)
+        # With gradients on, for both: torch.matmul folds its operands, and rounds, by whether they require any.
+        identical(helpers.hard_output(network, skeleton(network), plan, x), small(x))
 
     def reloaded() -> None:
         with tempfile.TemporaryDirectory() as folder:
@@ -125,10 +130,10 @@ def examine(spec: str, img_size: int | None = None, exports: bool = True) -> dic
         exact = helpers.exact_groups(network, space)
         if not any(exact):
             return "no exact group"
-        close_error(helpers.error_of_cutting(network, helpers.random_plan(space, 3, share=0.5, only=exact)))
+        close_error(helpers.error_of_cutting(network, helpers.random_plan(space, 3, share=0.5, only=exact)), tolerance)
 
     def masked_norms() -> None:
-        close_error(helpers.error_of_cutting(network, plan, masked=True))
+        close_error(helpers.error_of_cutting(network, plan, masked=True), tolerance)
 
     def macs_agree() -> None:
         for net, widths in ((small, plan.widths), (source.module, space.full)):
@@ -148,17 +153,18 @@ def examine(spec: str, img_size: int | None = None, exports: bool = True) -> dic
     def batches() -> str | None:
         if captured.static_batch:
             return f"batch {captured.static_batch} only"
-        close(small(x[:1]), y[:1], 1e-4)
+        close(small(x[:1]), y[:1], tolerance)
 
     columns: dict[str, Callable[[], str | None]] = {
         "graph": same_graph, "hard": hard, "reloaded": reloaded, "zeroed": zeroed, "masked norms": masked_norms,
         "MACs": macs_agree, "parameters": parameters_agree, "gradients": trains, "batches": batches}
     for name, check in columns.items():
-        with torch.set_grad_enabled(name == "gradients" or name == "graph"):
+        with torch.set_grad_enabled(name in ("graph", "hard", "gradients")):
             attempt(row, name, check)
+    helpers.settle(small)
     program = artifacts.Program(small)
     for name in artifacts.EXPORTS if exports else ():
-        attempt(row, name, lambda: export(program, name, source.input_size))
+        attempt(row, name, lambda: export(small, program, name, source.input_size))
     return row
 
 
@@ -179,10 +185,23 @@ def attempt(row: dict[str, Any], name: str, check: Callable[[], str | None]) -> 
         row["failed"][name] = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
 
 
-def export(program: artifacts.Program, name: str, input_size: tuple[int, int, int]) -> None:
+def rounding(network: torch.fx.GraphModule, x: torch.Tensor) -> float:
+    """How far float32 takes a network from its float64 logits, relative: random weights can make a network chaotic. 0 where it
+    does not run in float64."""
+    try:
+        exact = copy.deepcopy(network).double()(x.double())
+    except RuntimeError:
+        return 0.0
+    return helpers.relative_error(network(x).double(), exact)
+
+
+def export(small: torch.fx.GraphModule, program: artifacts.Program, name: str, input_size: tuple[int, int, int]) -> None:
     with tempfile.TemporaryDirectory() as folder:
-        artifacts.export(program, folder, name)
-        artifacts.verify(program.model, folder, input_size)
+        run = artifacts.run_artifact(artifacts.export(program, folder, name))
+    for batch in [small.meta["static_batch"]] if small.meta["static_batch"] else [1, 5]:
+        x = helpers.images(small, batch)
+        with torch.no_grad():
+            close(run(x), small(x), max(TOLERANCE, 10 * rounding(small, x)))
 
 
 def identical(a: torch.Tensor, b: torch.Tensor) -> None:
@@ -193,7 +212,7 @@ def close(a: torch.Tensor, b: torch.Tensor, tolerance: float) -> None:
     close_error(helpers.relative_error(a, b), tolerance)
 
 
-def close_error(error: float, tolerance: float = 1e-4) -> None:
+def close_error(error: float, tolerance: float) -> None:
     assert error <= tolerance, f"relative error {error:.1e}"
 
 

@@ -383,10 +383,13 @@ def load(path: str | os.PathLike) -> fx.GraphModule:
 
 
 class Program:
-    """A network on the CPU and, once it is asked for, its `torch.export` program: both ONNX and pt2 are written from that."""
+    """A network on the CPU, its computed weights folded, and, once it is asked for, its `torch.export` program: both ONNX and pt2
+    are written from that."""
 
     def __init__(self, small: fx.GraphModule):
         self.model = _cpu_copy(small)
+        _fold_weights(self.model)
+        _unfuse_pads(self.model)
         self.images = _images(self.model, self.model.meta["static_batch"] or 2)
 
     @cached_property
@@ -397,6 +400,59 @@ class Program:
                 node.target = _attention_of_four_axes
         self.model.recompile()
         return torch.export.export(self.model, (self.images,), dynamic_shapes=free, strict=False)
+
+
+def _fold_weights(model: fx.GraphModule) -> None:
+    """Makes constants of the weights and biases that are computed from others (weight standardisation, merged kernels): that is
+    faster than to compute them for each batch, and ONNX has no batch norm in training mode that rounds as torch does."""
+    operators = {getattr(nn.functional, name) for name in ("conv1d", "conv2d", "conv3d", "linear")}
+    values: dict[fx.Node, torch.Tensor] = {}
+
+    def value(node: fx.Node) -> Any:
+        if node not in values:
+            if node.op == "get_attr":
+                values[node] = tensors_of(model)[node.target]
+            else:
+                values[node] = node.target(*fx.node.map_arg(node.args, value), **fx.node.map_arg(node.kwargs, value))
+        return values[node]
+
+    constant: set[fx.Node] = set()
+    for node in model.graph.nodes:
+        random = isinstance(node.target, torch._ops.OpOverload) and torch.Tag.nondeterministic_seeded in node.target.tags
+        if node.op == "get_attr" or (node.op == "call_function" and not random and constant.issuperset(node.all_input_nodes)):
+            constant.add(node)
+        if node.target not in operators or node in constant:
+            continue
+        for operand in node.args[1:3]:
+            if operand in constant and operand.op != "get_attr":
+                with torch.no_grad():
+                    folded = value(operand)
+                model.register_buffer(f"{operand.name}_folded", folded)
+                with model.graph.inserting_before(node):
+                    node.replace_input_with(operand, model.graph.get_attr(f"{operand.name}_folded"))
+    model.graph.eliminate_dead_code()
+    model.recompile()
+
+
+def _unfuse_pads(model: fx.GraphModule) -> None:
+    """Writes a padding that feeds a max pool as a concatenation. ONNX Runtime (1.31, and before) fuses the two, and then pads with
+    minus infinity in place of the value asked for."""
+    for node in model.graph.nodes:
+        if node.target is nn.functional.pad and any(user.target is nn.functional.max_pool2d for user in node.users):
+            node.target = _pad_by_concatenation
+    model.recompile()
+
+
+def _pad_by_concatenation(x: torch.Tensor, pads: list[int], mode: str = "constant", value: float | None = None) -> torch.Tensor:
+    """`torch.nn.functional.pad`."""
+    if mode != "constant" or min(pads) < 0:
+        return nn.functional.pad(x, pads, mode, value)
+    for i, (before, after) in enumerate(zip(pads[::2], pads[1::2])):
+        axis = x.ndim - 1 - i
+        edge = torch.full_like(x.narrow(axis, 0, 1), value or 0.0)
+        if before or after:
+            x = torch.cat([edge] * before + [x] + [edge] * after, axis)
+    return x
 
 
 def _attention_of_four_axes(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None = None, *args: Any,

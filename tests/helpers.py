@@ -42,7 +42,7 @@ def settle(network: fx.GraphModule) -> None:
     for module in momenta:
         module.momentum = 1.0
     with torch.no_grad():
-        network.train()(images(network, 4, seed=1))
+        network.train()(images(network, network.meta["static_batch"] or 4, seed=1))
     network.eval()
     for module, momentum in momenta.items():
         module.momentum = momentum

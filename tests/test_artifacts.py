@@ -7,11 +7,13 @@ import sys
 import zipfile
 
 import numpy as np
+import onnx
 import pytest
 import timm
 import torch
 from torch import fx, nn
 
+from helpers import captured
 from s2h_cli import artifacts
 from s2h_cli.errors import UserError
 from s2h_cli.graph import capture
@@ -308,6 +310,44 @@ def test_verify_sees_changed_weights_and_nan(folder, tiny):
         other.head.bias[0] = float("nan")
     with pytest.raises(UserError, match="model.safetensors"):
         artifacts.verify(other, folder, SIZE)
+
+
+def test_computed_weights_are_folded(tmp_path):
+    """The standardised weight is a constant of the exports; the run folder keeps what it is computed from."""
+    class Standardised(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.head = nn.Conv2d(3, 8, 3), nn.Linear(8, 5)
+
+        def forward(self, x):
+            weight = nn.functional.batch_norm(self.conv.weight.reshape(1, 8, -1), None, None, training=True, momentum=0.0)
+            return self.head(nn.functional.conv2d(x, weight.reshape(8, 3, 3, 3), self.conv.bias).mean((2, 3)))
+
+    small = captured(Standardised(), SIZE).network
+    artifacts.save(tmp_path, small, {})
+    for format in artifacts.EXPORTS:
+        artifacts.export(small, tmp_path, format)
+    assert max(artifacts.verify(small, tmp_path, SIZE).values()) < 1e-5
+    assert "batch_norm" in str(small.graph)
+    assert "batch_norm" not in str(torch.export.load(tmp_path / "model.pt2").graph)
+    assert "BatchNorm" not in str([node.op_type for node in onnx.load(str(tmp_path / "model.onnx")).graph.node])
+
+
+def test_a_padded_max_pool_is_right_in_onnx(tmp_path):
+    """ONNX Runtime fuses a zero padding into the pool, as if it were minus infinity; all values here are negative."""
+    class Padded(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.head = nn.Conv2d(3, 8, 3), nn.Linear(8, 5)
+
+        def forward(self, x):
+            x = nn.functional.pad(-self.conv(x).abs() - 1, (1, 1, 1, 1))
+            return self.head(nn.functional.max_pool2d(x, 3, 2).amax((2, 3)))
+
+    small = captured(Padded(), SIZE).network
+    artifacts.export(small, tmp_path, "onnx")
+    artifacts.save(tmp_path, small, {})
+    assert artifacts.verify(small, tmp_path, SIZE)["model.onnx"] < 1e-5
 
 
 def test_failing_exporter_is_named_and_leaves_nothing(tiny, tmp_path, monkeypatch):
