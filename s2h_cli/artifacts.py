@@ -458,11 +458,13 @@ def _pad_by_concatenation(x: torch.Tensor, pads: list[int], mode: str = "constan
 def _attention_of_four_axes(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None = None, *args: Any,
                             **options: Any) -> torch.Tensor:
     """Attention over (batch, heads, tokens, channels), the only form that the ONNX exporter knows: other axes are folded in."""
-    if q.ndim == 4 or mask is not None:
+    if q.ndim in (2, 4) or q.shape[:-2] != k.shape[:-2]:
         return nn.functional.scaled_dot_product_attention(q, k, v, mask, *args, **options)
-    folded = [t.reshape(-1, 1, *t.shape[-2:]) if t.ndim == 3 else t.flatten(0, -4) for t in (q, k, v)]
-    out = nn.functional.scaled_dot_product_attention(*folded, mask, *args, **options)
-    return out.reshape(*q.shape[:-1], v.shape[-1])
+    if mask is not None:
+        mask = mask.expand(*q.shape[:-1], k.shape[-2])
+        mask = mask.reshape(-1, *mask.shape[-3:])
+    folded = [t.reshape(-1, *t.shape[-3:]) for t in (q, k, v)]
+    return nn.functional.scaled_dot_product_attention(*folded, mask, *args, **options).reshape(*q.shape[:-1], v.shape[-1])
 
 
 def _write_torchscript(program: Program, file: Path, metadata: str) -> None:
