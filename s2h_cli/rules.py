@@ -317,9 +317,7 @@ def attention(call: Call) -> tuple[Dim, ...]:
 
 def batch_norm(call: Call) -> tuple[Dim, ...]:
     x, *affine = call.args[:5]
-    for tensor in affine:
-        if tensor is not None:
-            call.labels.join(x.dims[1], tensor.dims[0])
+    _per_channel(call, x, affine)
     # Statistics of the batch are taken over all other axes. Of a weight (weight standardisation) they are those of what is left.
     passes = x.weight or not call.args[5]
     return tuple(dim if i == 1 or passes else _stay_whole(call, dim, "normalised over channels") for i, dim in enumerate(x.dims))
@@ -347,9 +345,7 @@ def weight_norm(call: Call) -> tuple[Dim, ...]:
 
 def instance_norm(call: Call) -> tuple[Dim, ...]:
     x, *affine = call.args[:5]
-    for tensor in affine:
-        if tensor is not None:
-            call.labels.join(x.dims[1], tensor.dims[0])
+    _per_channel(call, x, affine)
     return tuple(dim if i < 2 else _stay_whole(call, dim, "normalised over channels") for i, dim in enumerate(x.dims))
 
 
@@ -380,9 +376,7 @@ def group_norm(call: Call) -> tuple[Dim, ...]:
     """The number of norm groups stays; position j is cut in each of them."""
     x, groups, *affine = call.args[:4]
     _tie(call, x.dims[1], (groups, -1), axis=0)
-    for tensor in affine:
-        if tensor is not None:
-            call.labels.join(x.dims[1], tensor.dims[0])
+    _per_channel(call, x, affine)
     return x.dims
 
 
@@ -663,6 +657,13 @@ def _write(call: Call, operand: Tensor, dim: int) -> None:
     """Records that a weight makes the channels of the output."""
     if operand.weight:
         call.writes.append(Use(operand.source, dim, call.node))
+
+
+def _per_channel(call: Call, x: Tensor, tensors: list[Tensor | None]) -> None:
+    """Joins vectors with an entry for each channel to the channels of x."""
+    for tensor in tensors:
+        if tensor is not None:
+            call.labels.join(x.dims[1], tensor.dims[0])
 
 
 def _tie(call: Call, dim: Dim, grid: tuple[int, int], axis: int) -> Dim:

@@ -204,8 +204,10 @@ def inspect(model: str, *, img_size: int | None = None, divisor: int = 8, exclud
     if Path(model).is_dir():
         return artifacts.read_plan(model)
     source = load_source(model, pretrained=False, img_size=img_size)
-    space = Space(capture(source.module, source.input_size).network, exclude, divisor, prune_head_dim)
-    return describe(Plan(space, np.ones(space.size, bool)), model, source.input_size)
+    captured = capture(source.module, source.input_size)
+    space = Space(captured.network, exclude, divisor, prune_head_dim)
+    facts = describe(Plan(space, np.ones(space.size, bool)), model, source.input_size)
+    return {**facts, "notes": [*source.notes, *captured.notes]}
 
 
 def export(folder: Path, format: str) -> dict[str, float]:

@@ -44,6 +44,13 @@ def blank(num_classes=10):
 def nothing():
     return 42
 
+class Fixed(Net):
+    def forward(self, x):
+        return super().forward(x.reshape(1, 3, 16, 16))
+
+def fixed(num_classes=10):
+    return Fixed(num_classes)
+
 def naughty(num_classes=10):
     net = Net(num_classes)
     net.head.register_forward_hook(lambda module, x, y: y / torch.zeros(()))
@@ -132,6 +139,13 @@ def test_inspect_prints_exactly_the_promised_keys(here, capsys):
     assert {"layers": ["head"], "reason": "the network's output", "channels": 10} in facts["frozen"]
     stream = next(g for g in facts["groups"] if g["name"] == "stem")
     assert stream["kept"] == stream["size"] == 16 and stream["layers"] == ["stem", "body.6"]
+
+
+def test_a_model_of_one_batch_size_can_be_looked_at_but_not_trained(here, capsys):
+    assert s2h("inspect", "net.py:fixed", "--img-size", "16") == 0
+    assert "note: its graph takes batches of 1 only" in " ".join(capsys.readouterr().out.split())
+    assert s2h("prune", "net.py:fixed", "--img-size", "16", "--data", "data", "--flops", "0.5", "-o", "run") == 2
+    assert "cannot be trained" in capsys.readouterr().err
 
 
 def test_no_epochs_cuts_by_importance(here):
