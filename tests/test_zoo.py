@@ -207,8 +207,9 @@ def test_artifacts_are_the_small_network(case, tmp_path):
     for batch in (1, 5):
         x = images(case.network, batch)
         assert torch.equal(reloaded(x), case.small(x))
+    program = artifacts.Program(case.small)
     for name in artifacts.EXPORTS:
-        artifacts.export(case.small, tmp_path, name)
+        artifacts.export(program, tmp_path, name)
     differences = artifacts.verify(case.small, tmp_path, case.network.meta["input_size"])
     assert set(differences) == {"model.safetensors", "model.ts", "model.onnx", "model.pt2"}
     assert max(differences.values()) < 1e-5, differences
