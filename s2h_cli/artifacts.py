@@ -497,10 +497,17 @@ def _remember_sizes(model: fx.GraphModule) -> None:
 
 def _write_onnx(program: Program, file: Path, metadata: str) -> None:
     free = ({0: "batch"},) if program.model.meta["static_batch"] is None else None  # the batch is free already: this names it
-    onnx = torch.onnx.export(program.exported, dynamo=True, input_names=["images"], output_names=["logits"], dynamic_shapes=free,
-                             verbose=False)
-    onnx.model.metadata_props[METADATA] = metadata
-    onnx.save(str(file))  # weights inside, unless they are too much for one file
+    for optimize in (True, False):  # the exporter's own rewriting breaks some networks
+        onnx = torch.onnx.export(program.exported, dynamo=True, input_names=["images"], output_names=["logits"], dynamic_shapes=free,
+                                 verbose=False, optimize=optimize)
+        onnx.model.metadata_props[METADATA] = metadata
+        onnx.save(str(file))  # weights inside, unless they are too much for one file
+        try:
+            _run_onnx(file)
+            return
+        except Exception as error:  # onnxruntime raises whatever it likes
+            refusal = error
+    raise refusal
 
 
 def _write_pt2(program: Program, file: Path, metadata: str) -> None:
