@@ -690,7 +690,7 @@ _ELEMENTWISE = """abs acos add alpha_dropout addcdiv addcmul asin atan atan2 bit
     frac ge gelu gt hardshrink hardsigmoid hardswish hardtanh isfinite isinf isnan le leaky_relu lerp log log10 log1p log2 log_sigmoid
     logical_and logical_not logical_or lt masked_fill maximum minimum mish mul multiply nan_to_num ne neg pow reciprocal relu relu6
     remainder round rrelu rsqrt rsub selu sigmoid sign silu sin sinh softplus softshrink sqrt square sub tan tanh threshold to _to_copy
-    true_divide trunc type_as where zeros_like ones_like full_like rand_like randn_like""".split()
+    true_divide trunc type_as where zero fill zeros_like ones_like full_like rand_like randn_like""".split()
 _CONSTANT = "arange empty eye full linspace new_empty new_full new_ones new_zeros ones scalar_tensor zeros".split()
 
 RULES: dict[str, Callable[[Call], Any]] = {

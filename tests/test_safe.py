@@ -117,7 +117,7 @@ middle("outer_with_itself", lambda n, x: n.e((n.u(x).unsqueeze(1) * n.u(x).unsqu
        e=lambda: conv(64, 16), u=lambda: conv(16, 8))
 middle("eca", lambda n, x: n.c(n.b(x) * n.k(n.b(x).mean((2, 3)).unsqueeze(1)).sigmoid().transpose(1, 2).unsqueeze(-1)),
        "spatial positions of a convolution", k=lambda: nn.Conv1d(1, 1, 3, padding=1))
-middle("zeroed_in_place", lambda n, x: n.c(zero_some(n.b(x))), "no rule for operator zero")
+middle("zeroed_in_place", lambda n, x: n.c(zero_some(n.b(x))), free={16})
 middle("shifted_by_padding", lambda n, x: n.c(x + n.b(F.pad(x, (0, 0, 0, 0, 1, -1)))), "padded channels")
 middle("variance_of_all", lambda n, x: n.l(x) / n.l(x).var(unbiased=False), "var over channels", base=Tokens,
        l=lambda: nn.Linear(16, 16))
