@@ -406,30 +406,20 @@ def _fold_weights(model: fx.GraphModule) -> None:
     """Makes constants of the weights and biases that are computed from others (weight standardisation, merged kernels): that is
     faster than to compute them for each batch, and ONNX has no batch norm in training mode that rounds as torch does."""
     operators = {getattr(nn.functional, name) for name in ("conv1d", "conv2d", "conv3d", "linear")}
-    values: dict[fx.Node, torch.Tensor] = {}
-
-    def value(node: fx.Node) -> Any:
-        if node not in values:
-            if node.op == "get_attr":
-                values[node] = tensors_of(model)[node.target]
-            else:
-                values[node] = node.target(*fx.node.map_arg(node.args, value), **fx.node.map_arg(node.kwargs, value))
-        return values[node]
-
-    constant: set[fx.Node] = set()
-    for node in model.graph.nodes:
+    values: dict[fx.Node, Any] = {}  # of what does not depend on the images, computed in the graph's order: some change in place
+    for node in list(model.graph.nodes):
         random = isinstance(node.target, torch._ops.OpOverload) and torch.Tag.nondeterministic_seeded in node.target.tags
-        if node.op == "get_attr" or (node.op == "call_function" and not random and constant.issuperset(node.all_input_nodes)):
-            constant.add(node)
-        if node.target not in operators or node in constant:
-            continue
-        for operand in node.args[1:3]:
-            if operand in constant and operand.op != "get_attr":
-                with torch.no_grad():
-                    folded = value(operand)
-                model.register_buffer(f"{operand.name}_folded", folded)
+        if node.op == "get_attr":
+            values[node] = tensors_of(model)[node.target].detach().clone()
+        elif node.op == "call_function" and not random and all(source in values for source in node.all_input_nodes):
+            with torch.no_grad():
+                values[node] = node.target(*fx.node.map_arg(node.args, values.get), **fx.node.map_arg(node.kwargs, values.get))
+        elif node.target in operators:
+            for operand in [arg for arg in node.args[1:3] if arg in values and arg.op != "get_attr"]:
+                name = f"{operand.name}_folded"
+                model.register_buffer(name, values[operand].clone())
                 with model.graph.inserting_before(node):
-                    node.replace_input_with(operand, model.graph.get_attr(f"{operand.name}_folded"))
+                    node.replace_input_with(operand, model.graph.get_attr(name))
     model.graph.eliminate_dead_code()
     model.recompile()
 

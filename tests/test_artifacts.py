@@ -333,6 +333,27 @@ def test_computed_weights_are_folded(tmp_path):
     assert "BatchNorm" not in str([node.op_type for node in onnx.load(str(tmp_path / "model.onnx")).graph.node])
 
 
+def test_a_bias_changed_in_place_is_folded_as_changed(tmp_path):
+    """As in torchvision's Swin V2, whose keys have no bias."""
+    class Changed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.head = nn.Conv2d(3, 8, 3), nn.Linear(8, 5)
+
+        def forward(self, x):
+            bias = self.conv.bias.clone()
+            bias[2:4].zero_()
+            return self.head(nn.functional.conv2d(x, self.conv.weight, bias).relu().mean((2, 3)))
+
+    small = captured(Changed(), SIZE).network
+    artifacts.save(tmp_path, small, {})
+    before = small.conv.bias.detach().clone()
+    for format in artifacts.EXPORTS:
+        artifacts.export(small, tmp_path, format)
+    assert max(artifacts.verify(small, tmp_path, SIZE).values()) < 1e-5
+    assert torch.equal(small.conv.bias, before) and before[2:4].abs().min() > 0
+
+
 def test_a_padded_max_pool_is_right_in_onnx(tmp_path):
     """ONNX Runtime fuses a zero padding into the pool, as if it were minus infinity; all values here are negative."""
     class Padded(nn.Module):
