@@ -35,7 +35,6 @@ from typing import Any, Callable, Iterator, NamedTuple
 import numpy as np
 import timm
 import torch
-import torchvision
 from timm.models._registry import _model_to_module
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -50,7 +49,7 @@ from s2h_cli.graph import capture  # noqa: E402
 from s2h_cli.masks import fit_budget  # noqa: E402
 from s2h_cli.plan import Plan, Space  # noqa: E402
 from s2h_cli.rebuild import rebuild, skeleton  # noqa: E402
-from s2h_cli.source import TORCHVISION, load_source  # noqa: E402
+from s2h_cli.source import TORCHVISION, load_source, torchvision_names  # noqa: E402
 
 MODELS = Path(__file__).with_name("zoo_models.txt")
 DATA = ROOT / "s2h_cli" / "zoo.json"
@@ -163,9 +162,13 @@ def examine(spec: str, img_size: int | None = None, exports: bool = True) -> dic
         with torch.set_grad_enabled(name in ("graph", "hard", "MACs", "gradients")):
             attempt(row, name, check)
     helpers.settle(small)
-    program = artifacts.Program(small)
-    for name in artifacts.EXPORTS if exports else ():
-        attempt(row, name, lambda: export(small, program, name, source.input_size))
+    if exports:
+        program = artifacts.Program(small)
+        with torch.no_grad():
+            expected = [(x, small(x), max(TOLERANCE, 10 * rounding(small, x)))
+                        for x in (helpers.images(small, batch) for batch in ([captured.static_batch] if captured.static_batch else [1, 5]))]
+        for name in artifacts.EXPORTS:
+            attempt(row, name, lambda: export(program, name, expected))
     return row
 
 
@@ -196,13 +199,12 @@ def rounding(network: torch.fx.GraphModule, x: torch.Tensor) -> float:
     return helpers.relative_error(network(x).double(), exact)
 
 
-def export(small: torch.fx.GraphModule, program: artifacts.Program, name: str, input_size: tuple[int, int, int]) -> None:
+def export(program: artifacts.Program, name: str, expected: list[tuple[torch.Tensor, torch.Tensor, float]]) -> None:
+    """Writes one format, loads it back and compares: `expected` holds images, logits and tolerance."""
     with tempfile.TemporaryDirectory() as folder:
         run = artifacts.run_artifact(artifacts.export(program, folder, name))
-    for batch in [small.meta["static_batch"]] if small.meta["static_batch"] else [1, 5]:
-        x = helpers.images(small, batch)
-        with torch.no_grad():
-            close(run(x), small(x), max(TOLERANCE, 10 * rounding(small, x)))
+    for x, y, tolerance in expected:
+        close(run(x), y, tolerance)
 
 
 def identical(a: torch.Tensor, b: torch.Tensor) -> None:
@@ -355,7 +357,7 @@ def pick() -> list[str]:
         usual = next(part for limit in (30e6, 100e6, math.inf)
                      if len(part := [name for name in by_size if sizes[file][name] < limit]) > 1 or part == by_size)
         names += dict.fromkeys([by_size[0], usual[len(usual) // 2]])
-    return names + [TORCHVISION + name for name in torchvision.models.list_models(module=torchvision.models)]
+    return names + [TORCHVISION + name for name in torchvision_names()]
 
 
 if __name__ == "__main__":

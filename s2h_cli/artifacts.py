@@ -407,10 +407,11 @@ def _fold_weights(model: fx.GraphModule) -> None:
     faster than to compute them for each batch, and ONNX has no batch norm in training mode that rounds as torch does."""
     operators = {getattr(nn.functional, name) for name in ("conv1d", "conv2d", "conv3d", "linear")}
     values: dict[fx.Node, Any] = {}  # of what does not depend on the images, computed in the graph's order: some change in place
+    tensors = tensors_of(model)
     for node in list(model.graph.nodes):
         random = isinstance(node.target, torch._ops.OpOverload) and torch.Tag.nondeterministic_seeded in node.target.tags
         if node.op == "get_attr":
-            values[node] = tensors_of(model)[node.target].detach().clone()
+            values[node] = tensors[node.target].detach().clone()
         elif node.op == "call_function" and not random and all(source in values for source in node.all_input_nodes):
             with torch.no_grad():
                 values[node] = node.target(*fx.node.map_arg(node.args, values.get), **fx.node.map_arg(node.kwargs, values.get))

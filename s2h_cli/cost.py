@@ -20,6 +20,7 @@ import torch
 from fvcore.nn import FlopCountAnalysis
 from torch import nn
 
+from .graph import RECURRENT
 from .labels import Dim
 from .rules import Tensor
 
@@ -98,7 +99,7 @@ FORMULAS: dict[str, Callable[[tuple, Tensor], list[Product]]] = {
     "addmm": _add_product, "baddbmm": _add_product,
     **dict.fromkeys(("conv_transpose1d", "conv_transpose2d", "conv_transpose3d"), _transposed_conv),
     "einsum": _einsum, "scaled_dot_product_attention": _attention,
-    **dict.fromkeys(("lstm", "gru", "rnn_tanh", "rnn_relu"), _recurrent),
+    **dict.fromkeys(RECURRENT, _recurrent),
     "batch_norm": _batch_norm, "layer_norm": _norm, "group_norm": _norm, "instance_norm": _instance_norm,
     "adaptive_avg_pool2d": lambda args, out: [(1, _axes(args[0]))],
     "grid_sampler": lambda args, out: [(4, _axes(out))],
@@ -186,7 +187,7 @@ def count_macs(network: nn.Module, input_size: tuple[int, int, int]) -> dict[str
         "aten::_convolution_mode": lambda i, o: math.prod(_sizes(o[0])) * math.prod(_sizes(i[1])[1:]),
         "aten::matmul": lambda i, o: math.prod(_sizes(o[0])) * _sizes(i[0])[-1],
         "aten::baddbmm": lambda i, o: math.prod(_sizes(o[0])) * _sizes(i[1])[-1],
-        **dict.fromkeys(("aten::lstm", "aten::gru", "aten::rnn_tanh", "aten::rnn_relu"), _recurrent_handle),
+        **dict.fromkeys((f"aten::{op}" for op in RECURRENT), _recurrent_handle),
         "aten::einsum": lambda i, o: math.prod(_sizes(o[0])) * contracted(
             i[0].toIValue(), [_sizes(value) for value in i[1].node().inputs()]),
     })

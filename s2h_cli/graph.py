@@ -171,6 +171,8 @@ FUNCTIONS: dict[str, str] = {
 
 #: ATen operators that only give a tensor another shape: written as one `torch.reshape`.
 RESHAPES = ("view", "reshape", "_unsafe_view", "unflatten", "flatten", "squeeze", "unsqueeze", "reshape_as", "view_as")
+#: Recurrent layers; they take the same arguments.
+RECURRENT = ("lstm", "gru", "rnn_tanh", "rnn_relu")
 #: Nodes that only check shapes at run time; they go.
 _ASSERTIONS = ("_assert", "sym_constrain")
 
@@ -307,7 +309,7 @@ class _Canonical:
                 if node.name in named:
                     self.params[node] = named[node.name]
                 else:
-                    self.symbols = {v for n in node.meta["val"].shape if not isinstance(n, int) for v in n.node.expr.free_symbols}
+                    self.symbols = _symbols(node.meta["val"])
                     self.new[node] = self.graph.placeholder(node.name)
                     self.new[node].meta["shape"] = self._shape(node)
             elif node.op == "output":
@@ -369,7 +371,7 @@ class _Canonical:
     def _sizes(self, value: Any, node: fx.Node) -> tuple[int, ...] | None:
         if not isinstance(value, torch.Tensor):
             return None
-        symbols = {symbol for size in value.shape if not isinstance(size, int) for symbol in size.node.expr.free_symbols}
+        symbols = _symbols(value)
         if symbols - self.symbols:
             raise UserError(f"the model cannot be captured: the shape of {node.name} ({_where(node)}) depends on what is in the image; "
                             "docs/any-model.md says how to go on")
@@ -459,7 +461,7 @@ class _Canonical:
         if _is_plain(node, op, args) and not in_place_on_view:
             target = resolve(FUNCTIONS[op])
         kwargs = dict(node.kwargs)
-        if op in ("lstm", "gru", "rnn_tanh", "rnn_relu") and not args[5]:
+        if op in RECURRENT and not args[5]:
             return self.graph.call_function(target, fx.node.map_arg((*args[:6], True, *args[7:]), self._value))  # cuDNN trains no other
         if op == "scaled_dot_product_attention" and kwargs.get("scale") is None:
             kwargs["scale"] = args[0].meta["val"].shape[-1] ** -0.5  # it stays when the head dimension is cut
@@ -548,6 +550,11 @@ def _dropout(op: str, args: list) -> nn.Module:
 
         return StochasticDepth(args[1], args[2])
     return (nn.Dropout if op == "dropout" else nn.Dropout2d)(args[1])
+
+
+def _symbols(tensor: torch.Tensor) -> set[Any]:
+    """The symbols that a tensor's sizes depend on."""
+    return {symbol for size in tensor.shape if not isinstance(size, int) for symbol in size.node.expr.free_symbols}
 
 
 def _where(node: fx.Node) -> str:

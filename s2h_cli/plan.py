@@ -123,6 +123,12 @@ class Space:
         return np.array([g.candidates[0] for g in self.groups], int)
 
     @cached_property
+    def read_parts(self) -> dict[tuple[str, int], np.ndarray]:
+        """Parts of every dimension that takes a gate, by (parameter or inserted gate, dim)."""
+        return {**{(name, dim): self.params[name][dim] for name, dim in self.reads},
+                **{(name, use.dim): self.tensors[use.operand.name][0][use.dim] for name, use in self.gates.items()}}
+
+    @cached_property
     def full_macs(self) -> int:
         return self.macs.total(self.full)
 

@@ -16,7 +16,7 @@ import numpy as np
 from torch import fx
 
 from .errors import UserError
-from .graph import RESHAPES, Param, Ref, tensors_of
+from .graph import RECURRENT, RESHAPES, Param, Ref, tensors_of
 from .labels import FIXED, Dim, Labels
 
 
@@ -700,7 +700,7 @@ RULES: dict[str, Callable[[Call], Any]] = {
     **dict.fromkeys(("conv_transpose1d", "conv_transpose2d", "conv_transpose3d"), transposed_conv),
     "linear": linear, "matmul": matmul, "bmm": matmul, "addmm": add_product, "baddbmm": add_product, "einsum": einsum,
     "scaled_dot_product_attention": attention,
-    **dict.fromkeys(("lstm", "gru", "rnn_tanh", "rnn_relu"), recurrent),
+    **dict.fromkeys(RECURRENT, recurrent),
     "batch_norm": batch_norm, "layer_norm": layer_norm, "rms_norm": rms_norm, "group_norm": group_norm,
     "instance_norm": instance_norm, "_weight_norm": weight_norm, "prelu": prelu,
     **dict.fromkeys(RESHAPES, reshape),

@@ -153,7 +153,7 @@ def _from_timm(spec: str, num_classes: int | None, download: bool, img_size: int
 
 def _from_torchvision(spec: str, wanted: bool, download: bool, img_size: int | None) -> Source:
     name = spec.removeprefix(TORCHVISION)
-    if name not in _torchvision_names():
+    if name not in torchvision_names():
         raise _unknown_model(spec)
     weights = torchvision.models.get_model_weights(name).DEFAULT
     preprocessing = weights.transforms()
@@ -291,13 +291,13 @@ def _at_size(img_size: int | None) -> str:
     return "" if img_size is None else f" for {img_size}x{img_size} images"
 
 
-def _torchvision_names() -> list[str]:
+def torchvision_names() -> list[str]:
     return torchvision.models.list_models(module=torchvision.models)
 
 
 def _unknown_model(spec: str) -> UserError:
     names = {name: [name] for name in timm.list_models() + timm.list_models(pretrained=True)}
-    for name in _torchvision_names():
+    for name in torchvision_names():
         names.setdefault(name, []).append(TORCHVISION + name)
     near = difflib.get_close_matches(spec.rpartition(":")[2], names, n=4)
     shown = [full for name in near for full in names[name]]

@@ -8,7 +8,7 @@ from importlib import resources
 from typing import Any, NamedTuple
 
 from .errors import UserError
-from .source import TORCHVISION
+from .source import TORCHVISION, torchvision_names
 
 
 class Known(NamedTuple):
@@ -30,13 +30,12 @@ def known(glob: str | None) -> list[Known]:
         UserError: nothing matches.
     """
     import timm
-    import torchvision
 
     rows = load()["models"]
     if glob is None:
         names = list(rows)
     else:
-        every = [*timm.list_models(), *(TORCHVISION + name for name in torchvision.models.list_models(module=torchvision.models))]
+        every = [*timm.list_models(), *(TORCHVISION + name for name in torchvision_names())]
         names = [name for name in every if fnmatch.fnmatchcase(name, glob)]
         if not names:
             raise UserError(f"no model matches '{glob}'; s2h models lists those measured, and '*' matches any text, as in 'resnet*'")

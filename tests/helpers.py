@@ -155,9 +155,8 @@ class Masked(fx.Interpreter):
 def zero_reads(network: fx.GraphModule, plan: Plan) -> fx.GraphModule:
     """The full network, deaf to the removed channels."""
     deaf = copy.deepcopy(insert_gates(network, plan.space))
-    computed = [(name, use.dim, plan.space.tensors[use.operand.name][0][use.dim]) for name, use in plan.space.gates.items()]
     with torch.no_grad():
-        for name, dim, parts in computed + [(name, dim, plan.space.params[name][dim]) for name, dim in plan.space.reads]:
+        for (name, dim), parts in plan.space.read_parts.items():
             gone = np.flatnonzero(~plan.kept(parts))
             tensors_of(deaf)[name].index_fill_(dim, torch.from_numpy(gone), 0)
     return deaf

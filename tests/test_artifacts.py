@@ -312,22 +312,29 @@ def test_verify_sees_changed_weights_and_nan(folder, tiny):
         artifacts.verify(other, folder, SIZE)
 
 
+def written(small, folder):
+    """Writes a network in every format; the differences that `verify` finds."""
+    artifacts.save(folder, small, {})
+    for format in artifacts.EXPORTS:
+        artifacts.export(small, folder, format)
+    return artifacts.verify(small, folder, SIZE)
+
+
+class ConvNet(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv, self.head = nn.Conv2d(3, 8, 3), nn.Linear(8, 5)
+
+
 def test_computed_weights_are_folded(tmp_path):
     """The standardised weight is a constant of the exports; the run folder keeps what it is computed from."""
-    class Standardised(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.conv, self.head = nn.Conv2d(3, 8, 3), nn.Linear(8, 5)
-
+    class Standardised(ConvNet):
         def forward(self, x):
             weight = nn.functional.batch_norm(self.conv.weight.reshape(1, 8, -1), None, None, training=True, momentum=0.0)
             return self.head(nn.functional.conv2d(x, weight.reshape(8, 3, 3, 3), self.conv.bias).mean((2, 3)))
 
     small = captured(Standardised(), SIZE).network
-    artifacts.save(tmp_path, small, {})
-    for format in artifacts.EXPORTS:
-        artifacts.export(small, tmp_path, format)
-    assert max(artifacts.verify(small, tmp_path, SIZE).values()) < 1e-5
+    assert max(written(small, tmp_path).values()) < 1e-5
     assert "batch_norm" in str(small.graph)
     assert "batch_norm" not in str(torch.export.load(tmp_path / "model.pt2").graph)
     assert "BatchNorm" not in str([node.op_type for node in onnx.load(str(tmp_path / "model.onnx")).graph.node])
@@ -335,32 +342,21 @@ def test_computed_weights_are_folded(tmp_path):
 
 def test_a_bias_changed_in_place_is_folded_as_changed(tmp_path):
     """As in torchvision's Swin V2, whose keys have no bias."""
-    class Changed(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.conv, self.head = nn.Conv2d(3, 8, 3), nn.Linear(8, 5)
-
+    class Changed(ConvNet):
         def forward(self, x):
             bias = self.conv.bias.clone()
             bias[2:4].zero_()
             return self.head(nn.functional.conv2d(x, self.conv.weight, bias).relu().mean((2, 3)))
 
     small = captured(Changed(), SIZE).network
-    artifacts.save(tmp_path, small, {})
     before = small.conv.bias.detach().clone()
-    for format in artifacts.EXPORTS:
-        artifacts.export(small, tmp_path, format)
-    assert max(artifacts.verify(small, tmp_path, SIZE).values()) < 1e-5
+    assert max(written(small, tmp_path).values()) < 1e-5
     assert torch.equal(small.conv.bias, before) and before[2:4].abs().min() > 0
 
 
 def test_a_padded_max_pool_is_right_in_onnx(tmp_path):
     """ONNX Runtime fuses a zero padding into the pool, as if it were minus infinity; all values here are negative."""
-    class Padded(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.conv, self.head = nn.Conv2d(3, 8, 3), nn.Linear(8, 5)
-
+    class Padded(ConvNet):
         def forward(self, x):
             x = nn.functional.pad(-self.conv(x).abs() - 1, (1, 1, 1, 1))
             return self.head(nn.functional.max_pool2d(x, 3, 2).amax((2, 3)))

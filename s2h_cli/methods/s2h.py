@@ -55,9 +55,7 @@ class S2H:
         self.weights = dict(network.named_parameters())
         self.operands = {**self.weights, **{name: self.soft.get_buffer(name) for name in space.gates}}  # what is gated and sliced
         self.importance = Importance(space, self.weights)
-        read = {(name, dim): space.params[name][dim] for name, dim in space.reads}
-        read |= {(name, use.dim): space.tensors[use.operand.name][0][use.dim] for name, use in space.gates.items()}
-        self.read_parts = {key: torch.from_numpy(parts).to(device) for key, parts in read.items()}
+        self.read_parts = {key: torch.from_numpy(parts).to(device) for key, parts in space.read_parts.items()}
         self.hard = skeleton(self.soft)
         self.plan: Plan | None = None
         self.mask_optimizer = torch.optim.Adam(self.masks.parameters(), lr=settings.mask_lr)
