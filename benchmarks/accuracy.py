@@ -15,13 +15,14 @@ import numpy as np
 import torch
 from torch import fx, nn
 
+from s2h_cli.config import Recipe
 from s2h_cli.data import make_loader, open_splits
 from s2h_cli.graph import capture
 from s2h_cli.methods.s2h import S2H
 from s2h_cli.plan import Plan, Space
 from s2h_cli.rebuild import rebuild
 from s2h_cli.source import load_source
-from s2h_cli.train.loop import Recipe, fit
+from s2h_cli.train.loop import fit
 
 
 class Plain:
@@ -38,7 +39,8 @@ class Plain:
     def backward(self, terms: dict[str, torch.Tensor]) -> None:
         terms["task"].backward()
 
-    def finish_step(self) -> None: ...
+    def optimizers(self) -> list:
+        return []
 
     def networks(self) -> dict[str, nn.Module]:
         return {"hard": self.network}
@@ -73,7 +75,7 @@ def _widths(space: Space, share: float) -> np.ndarray:
 
 class Silent:
     def step(self, *_: object) -> None: ...
-    def epoch(self, row: dict) -> None: ...
+    def epoch(self, *_: object) -> None: ...
 
 
 def main() -> None:
@@ -101,7 +103,8 @@ def main() -> None:
             method = methods[name](network, Space(network), args.flops)
             started = time.perf_counter()
             row = fit(method, make_loader(splits.train, train=True, **loading), make_loader(splits.val, train=False, **loading),
-                      Recipe(args.epochs, args.lr, seed=seed), Silent())[-1]
+                      Recipe(epochs=args.epochs, lr=args.lr, batch_size=args.batch_size, seed=seed), Silent(),
+                      classes=len(splits.class_names))[-1]
             print(f"{name:8} seed {seed}  ratio {row['ratio']:.4f}  soft {row.get('top1_soft', float('nan')):.2f}  "
                   f"hard {row['top1_hard']:.2f}  {time.perf_counter() - started:.0f} s", flush=True)
 

@@ -100,7 +100,8 @@ def steps(network, space: Space, flops: float, images: torch.Tensor, targets: to
         widths = fit_budget(space, list(moving.masks.ladder().detach().cpu().numpy()), flops)
         moving._follow(plan_of_ranks(space, widths, moving.ranks))
         moving.backward(moving.terms(images, targets, criterion))
-        moving.finish_step()
+        moving.mask_optimizer.step()
+        moving.mask_optimizer.zero_grad()
 
     def freeze() -> None:
         network.zero_grad()

@@ -4,50 +4,83 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import sys
+import time
 import warnings
+from dataclasses import fields
 from pathlib import Path
-from typing import Annotated, NoReturn, Optional
+from typing import Annotated, Any, NoReturn, Optional
 
 import typer
 
 from . import CONVENTION
+from .config import Config, configure
 from .errors import UserError
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False,
                   help="Compress your own vision model in one training run.\n\n"
                        "Example: s2h prune resnet18 --data digits --flops 0.35 --no-pretrained")
 
-Model = Annotated[str, typer.Argument(metavar="MODEL", help="A timm name (resnet50), torchvision:resnet50, or your own "
-                                      "path/to/file.py:build, a callable that returns an nn.Module.")]
-Data = Annotated[str, typer.Option(help="A folder with train/ and val/, a folder of class folders, 'digits', or a timm data set "
-                                   "such as torch/cifar100.")]
+MODEL = typer.Argument(metavar="MODEL", help="A timm name (resnet50), torchvision:resnet50, or your own path/to/file.py:build, a callable "
+                       "that returns an nn.Module.", show_default=False)
+DATA = typer.Option(help="A folder with train/ and val/, a folder of class folders, 'digits', or a timm data set such as torch/cifar100.",
+                    show_default=False)
+
+
+def setting(text: str, *names: str, default: Any = None, **options: Any) -> Any:
+    """An option whose value, where it is not given, a recipe or the defaults of `config` say."""
+    return typer.Option(*names, help=text + (f" [default: {default}]" if default is not None else ""), show_default=False, **options)
 
 
 @app.command(epilog="Example: s2h prune resnet50 --data ./imagenet --flops 0.35")
 def prune(
-    model: Model,
-    data: Data,
-    flops: Annotated[float, typer.Option(help=f"Share of the whole network's MACs that remains, at the training resolution: {CONVENTION}.")],
-    output: Annotated[Optional[str], typer.Option("-o", "--output", help="Result folder. [default: runs/MODEL-fSHARE, numbered]")] = None,
-    pretrained: Annotated[bool, typer.Option(help="Start from the name's published weights, where it has any.")] = True,
-    weights: Annotated[Optional[str], typer.Option(help="Start from this .safetensors or .pth file.")] = None,
-    epochs: Annotated[Optional[int], typer.Option(min=0, help="0: no training, one cut by weight importance. [default: 100; digits: 20]")] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Images per step.")] = 64,
-    lr: Annotated[Optional[float], typer.Option(help="Peak learning rate. [default: 0.001 from scratch, 0.0002 from trained weights, "
-                                                "times the root of batch size / 64]")] = None,
-    opt: Annotated[str, typer.Option(help="Any optimizer of timm.")] = "adamw",
-    sched: Annotated[str, typer.Option(help="cosine, tanh, poly, step or multistep.")] = "cosine",
-    img_size: Annotated[Optional[int], typer.Option(min=1, help="Side of the input in pixels. [default: the model's own; digits: 32]")] = None,
-    divisor: Annotated[int, typer.Option(min=1, help="Widths are multiples of this many channels; less in narrow groups.")] = 8,
-    exclude: Annotated[Optional[list[str]], typer.Option(metavar="GLOB", help="Leave layers of this name whole; repeatable.")] = None,
-    prune_head_dim: Annotated[bool, typer.Option("--prune-head-dim", help="Also cut inside attention heads: the channels of q, k and v.")] = False,
-    val_fraction: Annotated[float, typer.Option(help="Share of a single image folder to validate on.")] = 0.1,
-    skip_bad_images: Annotated[bool, typer.Option("--skip-bad-images", help="Leave unreadable images out, and count them.")] = False,
-    seed: Annotated[int, typer.Option(help="Decides everything random.")] = 0,
-    workers: Annotated[int, typer.Option(min=0, help="Processes that load images.")] = 4,
-    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1; auto takes a GPU where there is one.")] = "auto",
-    amp: Annotated[bool, typer.Option("--amp", help="Train in bfloat16 autocast.")] = False,
+    ctx: typer.Context,
+    model: Annotated[Optional[str], MODEL] = None,
+    data: Annotated[Optional[str], DATA] = None,
+    flops: Annotated[Optional[float], setting(f"Share of the whole network's MACs that remains, at the training resolution: {CONVENTION}.")] = None,
+    output: Annotated[Optional[str], setting("Result folder. [default: runs/MODEL-fSHARE, numbered]", "-o", "--output")] = None,
+    recipe: Annotated[Optional[str], setting("Settings by name, or from a .yaml file; options given here go before. See s2h recipes.")] = None,
+    config: Annotated[Optional[Path], setting("Settings of an earlier run: its args.yaml.", metavar="FILE")] = None,
+    pretrained: Annotated[Optional[bool], setting("Start from the name's published weights, where it has any.", "--pretrained/--no-pretrained", default="pretrained")] = None,
+    weights: Annotated[Optional[str], setting("Start from this .safetensors or .pth file.")] = None,
+    teacher: Annotated[Optional[str], setting("Learn from this network too: a file of trained weights of MODEL, a model with trained weights, or a run.")] = None,
+    epochs: Annotated[Optional[int], setting("0: no training, one cut by weight importance. [default: 100; digits: 20]", min=0)] = None,
+    batch_size: Annotated[Optional[int], setting("Images per step, over all processes.", min=1, default=Config.batch_size)] = None,
+    grad_accum_steps: Annotated[Optional[int], setting("Steps whose gradients one update adds up.", min=1, default=Config.grad_accum_steps)] = None,
+    lr: Annotated[Optional[float], setting("Peak learning rate. [default: 0.001 from scratch, 0.0002 from trained weights, times the root of batch size / 64]")] = None,
+    opt: Annotated[Optional[str], setting("Any optimizer of timm.", default=Config.opt)] = None,
+    weight_decay: Annotated[Optional[float], setting("Weight decay, not of biases and norms.", default=Config.weight_decay)] = None,
+    momentum: Annotated[Optional[float], setting("Momentum of sgd and its like.", default=Config.momentum)] = None,
+    layer_decay: Annotated[Optional[float], setting("Factor of the learning rate from one layer to the one below.")] = None,
+    clip_grad: Annotated[Optional[float], setting("Largest norm of the gradient.")] = None,
+    sched: Annotated[Optional[str], setting("cosine, tanh, poly, step or multistep.", default=Config.sched)] = None,
+    warmup_epochs: Annotated[Optional[int], setting("Epochs over which the learning rate rises. [default: a twentieth]", min=0)] = None,
+    min_lr: Annotated[Optional[float], setting("Learning rate at the end. [default: a hundredth of --lr]")] = None,
+    smoothing: Annotated[Optional[float], setting("Label smoothing.", default=Config.smoothing)] = None,
+    mixup: Annotated[Optional[float], setting("Mixup's alpha.", default=Config.mixup)] = None,
+    cutmix: Annotated[Optional[float], setting("Cutmix's alpha.", default=Config.cutmix)] = None,
+    aa: Annotated[Optional[str], setting("Augmentation policy of timm, such as rand-m9-mstd0.5-inc1.")] = None,
+    color_jitter: Annotated[Optional[float], setting("Colour jitter. [default: 0.4; up to 64 px: none]")] = None,
+    reprob: Annotated[Optional[float], setting("Probability of random erasing.", default=Config.reprob)] = None,
+    crop_min: Annotated[Optional[float], setting("Least share of the image that a random crop keeps. [default: 0.08; up to 64 px: 0.6]")] = None,
+    drop: Annotated[Optional[float], setting("Dropout rate, of timm's models.")] = None,
+    drop_path: Annotated[Optional[float], setting("Rate of stochastic depth, of timm's models.")] = None,
+    ema: Annotated[Optional[float], setting("Decay of a moving average of the weights, such as 0.9998; exported where it is better.")] = None,
+    img_size: Annotated[Optional[int], setting("Side of the input in pixels. [default: the model's own; digits: 32]", min=1)] = None,
+    divisor: Annotated[Optional[int], setting("Widths are multiples of this many channels; less in narrow groups.", min=1, default=Config.divisor)] = None,
+    exclude: Annotated[Optional[list[str]], setting("Leave layers of this name whole; repeatable.", metavar="GLOB")] = None,
+    prune_head_dim: Annotated[Optional[bool], setting("Also cut inside attention heads: the channels of q, k and v.", "--prune-head-dim")] = None,
+    val_fraction: Annotated[Optional[float], setting("Share of a single image folder to validate on.", default=Config.val_fraction)] = None,
+    skip_bad_images: Annotated[Optional[bool], setting("Leave unreadable images out, and count them.", "--skip-bad-images")] = None,
+    seed: Annotated[Optional[int], setting("Decides everything random.", default=Config.seed)] = None,
+    workers: Annotated[Optional[int], setting("Processes that load images, for each that trains.", min=0, default=Config.workers)] = None,
+    device: Annotated[Optional[str], setting("cpu, cuda, cuda:1; auto takes a GPU where there is one.", default=Config.device)] = None,
+    amp: Annotated[Optional[bool], setting("Train in mixed precision.", "--amp/--no-amp")] = None,
+    amp_dtype: Annotated[Optional[str], setting("bfloat16 or float16.", default=Config.amp_dtype)] = None,
+    channels_last: Annotated[Optional[bool], setting("Keep images with their channels last: faster convolutions on GPUs.", "--channels-last/--no-channels-last")] = None,
+    checkpoint_every: Annotated[Optional[int], setting("Steps between two checkpoints. [default: one an epoch]", min=1)] = None,
+    log: Annotated[Optional[str], setting("wandb: send the curves there, beside TensorBoard.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in the result folder, with the settings it was started with.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Plan, check the budget, do one step, write nothing.")] = False,
 ) -> None:
@@ -55,12 +88,10 @@ def prune(
     from . import run
     from .report import tables
 
-    config = run.Config(model=model, data=data, flops=flops, output=output, pretrained=pretrained, weights=weights, epochs=epochs,
-                        batch_size=batch_size, lr=lr, opt=opt, sched=sched, img_size=img_size, divisor=divisor,
-                        exclude=list(exclude or []), prune_head_dim=prune_head_dim, val_fraction=val_fraction, skip_bad_images=skip_bad_images, seed=seed,
-                        workers=workers, device=device, amp=amp)
-    console = tables.console()
-    result = run.prune(config, console, resume=resume, dry_run=dry_run)
+    settings = {option.name for option in fields(Config)}
+    given = {name: value for name, value in ctx.params.items() if name in settings and value not in (None, [], ())}
+    console = tables.console(quiet=distributed_rank() > 0)
+    result = run.prune(configure(given, recipe, config), console, resume=resume, dry_run=dry_run)
     if result:
         console.print(tables.closing(result))
         if result["failed"]:
@@ -111,10 +142,25 @@ def models(
     tables.console().print(tables.models(zoo.known(glob), zoo.load()["versions"]))
 
 
+@app.command("recipes", epilog="Example: s2h recipes vit > mine.yaml")
+def recipes(name: Annotated[Optional[str], typer.Argument(metavar="[NAME]", help="The recipe to print.")] = None) -> None:
+    """List the recipes of training, or print one to copy and edit."""
+    from . import config
+
+    found = config.recipes()
+    if name is None:
+        for name, text in found.items():
+            print(f"{name:10} {text.splitlines()[0].lstrip('# ')}")
+    elif name in found:
+        print(found[name], end="")
+    else:
+        fail(f"no recipe '{name}'; there are {', '.join(found)}")
+
+
 @app.command("eval", epilog="Example: s2h eval runs/resnet18-f0.35/model.onnx --data digits")
 def evaluate(
     artifact: Annotated[Path, typer.Argument(metavar="RUN | FILE", help="The folder of a run, or its model.onnx, model.ts or model.pt2.")],
-    data: Data,
+    data: Annotated[str, DATA],
     batch_size: Annotated[int, typer.Option(min=1, help="Images per step.")] = 64,
     workers: Annotated[int, typer.Option(min=0, help="Processes that load images.")] = 4,
     val_fraction: Annotated[float, typer.Option(help="As for prune.")] = 0.1,
@@ -140,12 +186,22 @@ def main(args: list[str] | None = None) -> None:
         fail("stopped before there was anything to keep; run the command again")
     except Exception as error:
         if not hasattr(error, "format_message"):  # what typer finds wrong with the arguments
+            from .distributed import lost_another
+
+            if lost_another(error):  # which says itself what is wrong
+                raise SystemExit(1) from None
             raise
-        command = f"s2h {args[0]}" if args[0] in ("prune", "inspect", "export", "models", "eval") else "s2h"
+        command = f"s2h {args[0]}" if args[0] in ("prune", "inspect", "export", "models", "recipes", "eval") else "s2h"
         fail(f"{error.format_message().rstrip('.')}; see {command} --help")
     raise SystemExit(code or 0)
 
 
 def fail(message: str) -> NoReturn:
+    if distributed_rank() > 0:
+        time.sleep(2)  # what fails in every process the first one says; torchrun ends the others with it
     print(f"error: {' '.join(message.split())}", file=sys.stderr)
     raise SystemExit(2) from None
+
+
+def distributed_rank() -> int:
+    return int(os.environ.get("RANK", 0))

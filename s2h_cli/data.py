@@ -14,8 +14,9 @@ import torch
 from PIL import Image
 from timm.data import ImageDataset, create_dataset, create_transform
 from timm.data.readers.img_extensions import get_img_extensions
-from torch.utils.data import DataLoader, Dataset, default_collate
+from torch.utils.data import DataLoader, Dataset, Sampler, default_collate, get_worker_info
 
+from .config import Recipe
 from .errors import UserError, why
 
 TIMM_PREFIXES = ("torch/", "hfds/")
@@ -56,6 +57,7 @@ class ImageSet(Dataset):
     transform = None
     mode = "RGB"
     epoch_seed = 0
+    reading = None  # for each worker the image that it reads
 
     def __init__(self, source: Sequence, origin: str, skip_bad: bool):
         """Wraps a sequence of images.
@@ -78,6 +80,9 @@ class ImageSet(Dataset):
         return str(self.source[index][0]) if isinstance(self.source, list) else f"{self.origin} image {index}"
 
     def __getitem__(self, index: int) -> tuple[torch.Tensor, int] | str | None:
+        worker = get_worker_info()
+        if worker:
+            self.reading[worker.id] = index
         try:
             image, target = self.source[index]
             if not isinstance(image, Image.Image):
@@ -103,13 +108,15 @@ def _eight_bits(image: Image.Image) -> Image.Image:
 @contextmanager
 def _randomness(seed: int) -> Iterator[None]:
     """Runs a block with its own random numbers, and leaves those of the training untouched."""
-    python, cpu = random.getstate(), torch.get_rng_state()
+    python, array, cpu = random.getstate(), np.random.get_state(), torch.get_rng_state()
     random.seed(seed)
+    np.random.seed(seed % 2**32)  # timm's augmentation policies draw from all three
     torch.default_generator.manual_seed(seed)
     try:
         yield
     finally:
         random.setstate(python)
+        np.random.set_state(array)
         torch.set_rng_state(cpu)
 
 
@@ -269,28 +276,75 @@ def _create(spec: str, *splits: str) -> Dataset:
             ) from error
 
 
-class _Loader(DataLoader):
-    """Batches whose order and augmentation follow from the seeds alone, not from the workers."""
+class _Batches(Sampler[list[int]]):
+    """The images of each batch. Those of training are drawn anew each epoch, and every process takes its share of a batch; those
+    of evaluation come in their order, and every process takes its share of the set."""
 
-    def __init__(self, dataset: ImageSet, train: bool, seed: int, **options):
-        super().__init__(dataset, generator=torch.Generator(), **options)
-        self.train = train
-        self.seed = seed
+    def __init__(self, size: int, batch_size: int, train: bool, seed: int, rank: int, world: int):
+        self.size, self.batch_size, self.train, self.seed, self.rank, self.world = size, batch_size, train, seed, rank, world
+        self.set_epoch(0)
+
+    def set_epoch(self, epoch: int, skip: int = 0) -> None:
+        self.epoch_seed = int(np.random.SeedSequence([self.seed % 2**32, epoch]).generate_state(1, np.uint64)[0] % SEED_RANGE)
+        self.skip = skip
+
+    def __len__(self) -> int:
+        if self.train:  # the last incomplete batch is left out, unless it is the only one
+            return max(1, self.size // self.batch_size)
+        return -(-len(range(self.rank, self.size, self.world)) // self.batch_size)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        if self.train:
+            order = torch.randperm(self.size, generator=torch.Generator().manual_seed(self.epoch_seed))
+            batches = [batch[self.rank :: self.world] for batch in order.split(self.batch_size)]
+        else:
+            batches = torch.arange(self.rank, self.size, self.world).split(self.batch_size)
+        for batch in batches[self.skip : len(self)]:
+            yield batch.tolist()
+
+
+class _Loader(DataLoader):
+    """Batches whose order and augmentation follow from the seed and the epoch alone, not from the workers.
+
+    Attributes:
+        position: Batches of the epoch that were given out, or left out since none of their images could be read.
+    """
+
+    def __init__(self, dataset: ImageSet, batches: _Batches, **options):
+        super().__init__(dataset, batch_sampler=batches, generator=torch.Generator(), **options)
+        self.position = 0
+
+    def set_epoch(self, epoch: int, skip: int = 0) -> None:
+        """Says which epoch the next iteration is of, and how many of its batches are left out."""
+        self.batch_sampler.set_epoch(epoch, skip)
 
     def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        # one draw per epoch of training; evaluation leaves the random state as it is
-        drawn = torch.randint(SEED_RANGE, ()).item() if self.train else 0
-        self.dataset.epoch_seed = (drawn + self.seed) % SEED_RANGE
-        self.generator.manual_seed(self.dataset.epoch_seed)
+        self.dataset.epoch_seed = self.batch_sampler.epoch_seed
+        self.dataset.reading = torch.full((max(1, self.num_workers),), -1).share_memory_()
+        self.position = self.batch_sampler.skip
         empty = True
-        for batch in super().__iter__():
+        for batch in self._batches():
+            self.position += 1
             if isinstance(batch, str):
                 raise UserError(batch)
             if batch is not None:
                 empty = False
                 yield batch
-        if empty:
+            elif self.batch_sampler.world > 1:
+                raise UserError(f"no image of a batch of '{self.dataset.origin}' can be read, and the other processes wait; check the files")
+        if empty and self.position > self.batch_sampler.skip:
             raise UserError(f"no image of '{self.dataset.origin}' can be read; check the files")
+
+    def _batches(self) -> Iterator:
+        """The batches of the workers; the death of one, which no code of ours sees, becomes an error that names its image."""
+        try:
+            yield from super().__iter__()
+        except RuntimeError as error:
+            if "DataLoader worker" not in str(error):
+                raise
+            read = [f"'{self.dataset.name(index)}'" for index in self.dataset.reading.tolist() if index >= 0]
+            raise UserError(f"a process that loads images died ({why(error)}); the images last read were {', '.join(read)}: one of them may "
+                            "be at fault, or memory is short: try fewer --workers") from error
 
 
 def _collate(items: list[tuple[torch.Tensor, int] | str | None]) -> list[torch.Tensor] | str | None:
@@ -314,14 +368,17 @@ def make_loader(
     batch_size: int,
     workers: int,
     flip: bool,
+    recipe: Recipe = Recipe(),
     seed: int = 0,
+    rank: int = 0,
+    world: int = 1,
 ) -> DataLoader:
     """Makes the loader for one of the sets of open_splits.
 
-    For training the order and the augmentation of an epoch follow from the seed and from torch's
-    random state when the iteration starts; so a loop that seeds torch with its seed and the
-    epoch's number before each epoch can be resumed. The number of workers changes nothing. The
-    last incomplete batch is left out, unless the set is smaller than a batch.
+    The order and the augmentation of an epoch of training follow from the seed and from the epoch's
+    number, which `set_epoch` of the loader says; so a loop can be resumed, in the middle of an
+    epoch too. The number of workers changes nothing. The last incomplete batch is left out,
+    unless the set is smaller than a batch.
 
     Args:
         dataset: The images; it is not changed, so one set may have several loaders.
@@ -331,10 +388,13 @@ def make_loader(
         interpolation: Name of the resize filter.
         crop_pct: Share of the side that the centre crop keeps; all of it for inputs up to 64 px.
         train: Shuffle and augment.
-        batch_size: Images per batch.
+        batch_size: Images per batch, of all processes together in training.
         workers: Processes that load images; 0 loads them in this one.
         flip: Mirror half of the training images.
-        seed: Mixed into the randomness of each epoch.
+        recipe: Says how training images are augmented.
+        seed: Decides the order and the augmentation of each epoch.
+        rank: This process among those that share the images.
+        world: Number of those processes.
 
     Returns:
         A loader of batches: float32 images (N, C, H, W) and int64 targets (N,).
@@ -350,12 +410,17 @@ def make_loader(
     small = max(size) <= SMALL_IMAGE
     dataset = copy.copy(dataset)  # still shares the record of bad images
     dataset.mode = modes[channels]
+    least = recipe.crop_min or (0.6 if small else None)
+    jitter = recipe.color_jitter if recipe.color_jitter is not None else None if small else 0.4
     dataset.transform = create_transform(
         input_size,
         is_training=train,
-        scale=(0.6, 1.0) if small else None,
+        scale=(least, 1.0) if least else None,
         hflip=0.5 if flip else 0.0,
-        color_jitter=None if small else 0.4,
+        color_jitter=jitter,
+        auto_augment=recipe.aa,
+        re_prob=recipe.reprob if train else 0.0,
+        re_mode="pixel",
         interpolation=interpolation,
         mean=mean,
         std=std,
@@ -363,11 +428,7 @@ def make_loader(
     )
     return _Loader(
         dataset,
-        train,
-        seed,
-        batch_size=batch_size,
-        shuffle=train,
-        drop_last=train and len(dataset) >= batch_size,
+        _Batches(len(dataset), batch_size, train, seed, rank, world),
         num_workers=workers,
         collate_fn=_collate,
         pin_memory=torch.cuda.is_available(),

@@ -206,7 +206,18 @@ def capture(model: nn.Module, input_size: tuple[int, int, int]) -> Captured:
     if dropped:
         notes.append(f"used in training only, dropped: {', '.join(dropped)}")
     network.meta.update(input_size=list(input_size), batch=batch, static_batch=static_batch)
+    _keep_hints(model, network)
     return Captured(network, notes, static_batch)
+
+
+def _keep_hints(model: nn.Module, network: fx.GraphModule) -> None:
+    """What timm's optimizer factory asks a model: which weights do not decay, and the order of its layers."""
+    if hasattr(model, "no_weight_decay"):
+        whole = set(model.no_weight_decay())
+        network.no_weight_decay = lambda: whole
+    if hasattr(model, "group_matcher"):
+        matcher = model.group_matcher(coarse=False)
+        network.group_matcher = lambda coarse: matcher
 
 
 def _export(model: nn.Module, input_size: tuple[int, int, int]) -> tuple[torch.export.ExportedProgram, int | None]:

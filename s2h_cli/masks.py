@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from . import distributed
 from .errors import UserError
 from .plan import Plan, Space
 
@@ -100,8 +101,8 @@ class Importance:
         return (total / self.times)[:-1]
 
     def ranks(self) -> torch.Tensor:
-        """Rank of each atom in its group, (atoms,) int64; 0 is the most important."""
-        importance = self()
+        """Rank of each atom in its group, (atoms,) int64; 0 is the most important. The same in all processes of a job."""
+        importance = distributed.same(self())
         ranks = torch.empty(self.space.size, dtype=torch.int64, device=self.device)
         for group in self.space.groups:
             order = importance[group.start:group.stop].argsort(descending=True, stable=True)

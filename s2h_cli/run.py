@@ -3,82 +3,38 @@
 from __future__ import annotations
 
 import csv
-import math
-import shlex
-from dataclasses import asdict, dataclass, field, fields
+import itertools
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Iterator
 
 import numpy as np
 import torch
-import yaml
 from rich.console import Console
 
-from . import artifacts, data
+from . import artifacts, data, distributed
+from .config import Config, resumed, write
 from .cost import count_macs
-from .errors import UserError, why
+from .errors import UserError
 from .files import writing
 from .graph import capture, to_device
 from .masks import check_reachable
 from .methods import METHODS
 from .plan import Plan, Space
+from .report.curves import Curves, check_log, start_log
 from .report.facts import describe
-from .report.progress import TrainingDisplay
+from .report.progress import TrainingDisplay, Watchers
 from .source import load_source, short_name
-from .train import checkpoint
+from .teacher import load_teacher
+from .train import checkpoint, loop
 from .train.evaluate import top1
-from .train import loop
-from .train.loop import Recipe, first_batches, fit, seed_everything, try_step
-
-
-@dataclass
-class Config:
-    """What `s2h prune` was asked for: the content of `args.yaml`. None means: by model and data."""
-
-    model: str
-    data: str
-    flops: float
-    output: str | None = None
-    pretrained: bool = True
-    weights: str | None = None
-    epochs: int | None = None
-    batch_size: int = 64
-    lr: float | None = None
-    opt: str = "adamw"
-    sched: str = "cosine"
-    img_size: int | None = None
-    divisor: int = 8
-    exclude: list[str] = field(default_factory=list)
-    prune_head_dim: bool = False
-    val_fraction: float = 0.1
-    skip_bad_images: bool = False
-    seed: int = 0
-    workers: int = 4
-    device: str = "auto"
-    amp: bool = False
-
-    def command(self, *extra: str) -> str:
-        """The command line that asks for this run."""
-        words = ["s2h", "prune", self.model]
-        for option in fields(self)[1:]:
-            value = getattr(self, option.name)
-            flag = "--" + option.name.replace("_", "-")
-            if value == option.default or value is None:
-                continue
-            if isinstance(value, bool):
-                words.append(flag if value else "--no-" + flag[2:])
-            else:
-                for item in value if isinstance(value, list) else [value]:
-                    words += [flag, str(item)]
-        return shlex.join([*words, *extra])
-
+from .train.loop import first_batches, fit, seed_everything, try_step
+from .train.recipe import check, default_lr
 
 #: Settings that depend on the data, where the user gave none: the digits are few and small.
 EPOCHS = {"digits": 20}
 IMG_SIZE = {"digits": 32}
 DEFAULT_EPOCHS = 100
-#: Peak learning rates of AdamW at 64 images a batch: from scratch, and from trained weights.
-LR_SCRATCH, LR_PRETRAINED = 1e-3, 2e-4
 
 
 def prune(config: Config, console: Console, *, resume: bool = False, dry_run: bool = False) -> dict[str, Any] | None:
@@ -92,9 +48,14 @@ def prune(config: Config, console: Console, *, resume: bool = False, dry_run: bo
     """
     if not 0 < config.flops < 1:
         raise UserError(f"--flops {config.flops:g} is no share of the MACs; give a number between 0 and 1, such as 0.35")
+    check(config)
+    check_log(config.log)
+    if config.batch_size % distributed.WORLD:
+        raise UserError(f"--batch-size {config.batch_size} cannot be shared by {distributed.WORLD} processes; give a multiple of their number")
     device = pick_device(config.device)
-    loop.check_names(config.opt, config.sched)
-    folder = pick_folder(config, resume)
+    distributed.join(device)
+    resume = resume or (distributed.RESTARTS > 0 and taken(config) is not None)
+    folder = Path(distributed.from_first(str(pick_folder(config, resume) if distributed.RANK == 0 else "")))
     last = folder / "checkpoints" / "last"
     config = resumed(config, folder) if resume else config
     state = checkpoint.load(last) if resume and last.exists() else None
@@ -103,60 +64,80 @@ def prune(config: Config, console: Console, *, resume: bool = False, dry_run: bo
     seed_everything(config.seed, 0)
     source = load_source(config.model, num_classes=len(splits.class_names), pretrained=config.pretrained,
                          weights=Path(config.weights) if config.weights else None, img_size=config.img_size,
-                         fetch=state is None)
+                         fetch=state is None, drop=config.drop, drop_path=config.drop_path)
     if config.epochs is None:
         config.epochs = EPOCHS.get(config.data, DEFAULT_EPOCHS)
-    if config.lr is not None and config.lr <= 0:
-        raise UserError(f"--lr {config.lr:g} is no learning rate; give a positive number, such as 0.001")
     if config.lr is None:
-        config.lr = (LR_PRETRAINED if source.pretrained else LR_SCRATCH) * math.sqrt(config.batch_size / 64)
+        config.lr = default_lr(config.batch_size, source.pretrained)
     captured = capture(source.module, source.input_size)
     if captured.static_batch:
         raise UserError(f"{config.model} cannot be trained: {captured.notes[0]}; rewrite what fixes the batch in its forward")
     network = to_device(captured.network, device)
+    if config.channels_last:
+        network = network.to(memory_format=torch.channels_last)
     space = Space(network, tuple(config.exclude), config.divisor, config.prune_head_dim)
     check_reachable(space, config.flops)
+    classes = splits.class_names
+    teacher = load_teacher(config.teacher, source, classes, device) if config.teacher else None
     for note in [*source.notes, *splits.notes, *captured.notes]:
         console.print(f"note: {note}", soft_wrap=True)
     console.print(f"{source.name} on {config.data}: {len(splits.train)} training and {len(splits.val)} validation images, "
-                  f"{len(splits.class_names)} classes, input {'x'.join(map(str, source.input_size))}, {device}", soft_wrap=True)
+                  f"{len(classes)} classes, input {'x'.join(map(str, source.input_size))}, {device}"
+                  + (f", {distributed.WORLD} processes" if distributed.WORLD > 1 else ""), soft_wrap=True)
     console.print(f"{len(space.groups)} groups, {space.size} prunable channels and heads; target {config.flops:g} of "
                   f"{space.full_macs / 1e6:.1f} M MACs, smallest reachable {space.min_ratio:.4f}", soft_wrap=True)
 
     preprocessing = dict(input_size=source.input_size, mean=source.mean, std=source.std, interpolation=source.interpolation,
                          crop_pct=source.crop_pct)
-    loading = dict(**preprocessing, batch_size=config.batch_size, workers=config.workers, flip=splits.flip, seed=config.seed)
+    loading = dict(**preprocessing, batch_size=config.batch_size, workers=config.workers, flip=splits.flip, recipe=config, seed=config.seed,
+                   rank=distributed.RANK, world=distributed.WORLD)
     train = data.make_loader(splits.train, train=True, **loading)
     val = data.make_loader(splits.val, train=False, **loading)
     method = METHODS["s2h" if config.epochs else "oneshot"](network, space, config.flops)
-    recipe = Recipe(config.epochs, config.lr, config.opt, config.sched, seed=config.seed, amp=config.amp)
     if dry_run:
         if config.epochs:
-            try_step(method, train, device, config.amp)
+            try_step(method, train, config, len(classes), teacher)
         console.print(f"dry run: the budget can be met, a step works, nothing was written. To train:\n  {config.command()}", soft_wrap=True)
         return None
 
-    if not resume:
-        with writing(folder) as aside:
-            (aside / "args.yaml").write_text(yaml.safe_dump(asdict(config), sort_keys=False))
+    leads = distributed.RANK == 0  # of several processes the first alone writes
+    if leads and not resume:
+        write(config, folder)
     config.output = str(folder)
 
     def save(state: dict) -> None:
-        write_summary(folder / "summary.csv", state["rows"])
-        checkpoint.save(folder / "checkpoints" / "last", state)
+        if leads:
+            write_summary(folder / "summary.csv", state["rows"])
+            checkpoint.save(folder / "checkpoints" / "last", state)
 
-    done = len(state["rows"]) if state else 0
     try:
         if config.epochs:
-            with TrainingDisplay(console, config.epochs, len(train), config.flops, done) as watcher:
-                rows = fit(method, train, val, recipe, watcher, state=state, save=save)
+            with watching(config, folder, method, len(train), len(state["rows"]) if state else 0, console) as watcher:
+                rows = fit(method, train, val, config, watcher, classes=len(classes), teacher=teacher, state=state, save=save,
+                           save_every=config.checkpoint_every)
         else:
-            rows = [{"epoch": 0, "ratio": method.plan.ratio, **loop.evaluate(method, first_batches(train, device), val, device)}]
-            write_summary(folder / "summary.csv", rows)
+            rows = [{"epoch": 0, "ratio": method.plan.ratio, **loop.evaluate(method.networks(), first_batches(train), val, device)}]
+            if leads:
+                write_summary(folder / "summary.csv", rows)
+        distributed.leave()
+        if not leads:
+            return None
+        val = data.make_loader(splits.val, train=False, **loading | {"rank": 0, "world": 1})
         return finish(config, folder, method, splits, val, rows[-1], preprocessing, console)
     except KeyboardInterrupt:
         kept = "the last checkpoint is kept" if last.exists() else "no epoch was finished"
         raise UserError(f"stopped; {kept}, go on with: {config.command('--resume')}") from None
+
+
+@contextmanager
+def watching(config: Config, folder: Path, method: Any, steps: int, done: int, console: Console) -> Iterator[Watchers]:
+    """Who watches a training: the terminal, TensorBoard, and what `--log` names; in the first process of several alone."""
+    if distributed.RANK:
+        yield Watchers([])
+        return
+    start_log(config, folder)
+    with TrainingDisplay(console, config.epochs, steps, config.flops, done) as display, Curves(folder, method, steps, done) as curves:
+        yield Watchers([display, curves])
 
 
 def finish(config: Config, folder: Path, method: Any, splits: data.Splits, val: Any, row: dict[str, Any], preprocessing: dict,
@@ -186,7 +167,7 @@ def finish(config: Config, folder: Path, method: Any, splits: data.Splits, val: 
     if bad:
         console.print(f"note: {len(bad)} unreadable images were left out, the first is '{bad[0]}'", soft_wrap=True)
     return {"folder": folder, "facts": facts, "differences": differences, "failed": failed,
-            "top1": {"soft": row["top1_soft"], "hard": row["top1_hard"], "exported": exported}, "checked": checked,
+            "top1": {**{name.removeprefix("top1_"): value for name, value in row.items() if name.startswith("top1_")}, "exported": exported}, "checked": checked,
             "bytes": [before, (folder / "model.safetensors").stat().st_size]}
 
 
@@ -258,6 +239,8 @@ def pick_device(name: str) -> torch.device:
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and distributed.WORLD > 1:
+        name = f"cuda:{distributed.LOCAL_RANK}"
     try:
         device = torch.device(name)
     except RuntimeError:
@@ -275,40 +258,27 @@ def pick_folder(config: Config, resume: bool) -> Path:
     Raises:
         UserError: a new run's folder exists, or the one to resume does not.
     """
+    old = taken(config)
+    if resume and old is None:
+        what = f"folder '{config.output}'" if config.output else f"run '{default_folder(config, 1)}'"
+        raise UserError(f"nothing to resume: no {what}; leave --resume away or name the run's folder with -o")
+    if resume:
+        return old
+    if config.output and old is not None:
+        raise UserError(f"'{old}' exists and is kept; add --resume to go on with it, or choose another folder with -o")
+    return Path(config.output) if config.output else next(p for i in itertools.count(1) if not (p := default_folder(config, i)).exists())
+
+
+def taken(config: Config) -> Path | None:
+    """The folder of an earlier run like this one: the newest, where they are numbered."""
     if config.output:
-        folder = Path(config.output)
-        if resume and not folder.is_dir():
-            raise UserError(f"nothing to resume: no folder '{folder}'; leave --resume away or name the run's folder with -o")
-        if not resume and folder.exists():
-            raise UserError(f"'{folder}' exists and is kept; add --resume to go on with it, or choose another folder with -o")
-        return folder
+        return Path(config.output) if Path(config.output).exists() else None
+    return next((p for i in range(9999, 0, -1) if (p := default_folder(config, i)).exists()), None)
+
+
+def default_folder(config: Config, number: int) -> Path:
     stem = f"{short_name(config.model)}-f{config.flops:g}"
-    numbered = [Path("runs") / (stem if i == 1 else f"{stem}-{i}") for i in range(1, 10_000)]
-    if not resume:
-        return next(path for path in numbered if not path.exists())
-    taken = [path for path in numbered if path.exists()]
-    if not taken:
-        raise UserError(f"nothing to resume: no run 'runs/{stem}'; leave --resume away or name the run's folder with -o")
-    return taken[-1]
-
-
-def resumed(config: Config, folder: Path) -> Config:
-    """The configuration a run was started with, checked against what was asked for now.
-
-    Raises:
-        UserError: another model, data set or budget was asked for, or `args.yaml` cannot be read.
-    """
-    if not (folder / "args.yaml").is_file():
-        raise UserError(f"nothing to resume: no args.yaml in '{folder}'; leave --resume away or name the run's folder with -o")
-    try:
-        saved = Config(**yaml.safe_load((folder / "args.yaml").read_text()))
-    except (OSError, TypeError, yaml.YAMLError) as error:
-        raise UserError(f"cannot resume: '{folder / 'args.yaml'}' cannot be read ({why(error)}); start a new run") from error
-    for name in ("model", "data", "flops"):
-        if getattr(saved, name) != getattr(config, name):
-            raise UserError(f"cannot resume: '{folder}' was started with {name} {getattr(saved, name)}, "
-                            f"not {getattr(config, name)}; ask for the same, or start a new run")
-    return saved
+    return Path("runs") / (stem if number == 1 else f"{stem}-{number}")
 
 
 def write_summary(path: Path, rows: list[dict[str, Any]]) -> None:

@@ -29,6 +29,7 @@ AUX_HEADS = ("aux1", "aux2", "AuxLogits")  # training-only heads of googlenet an
 PROBE_SECONDS = 10  # how long the server of the weights may take to answer
 STALL_SECONDS = 30  # a download that brings no byte for so long has failed
 SHOWN_KEYS = 3
+NEW_HEAD = "the head is new and untrained"
 WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel, torch._dynamo.OptimizedModule)  # around a model: taken off
 
 
@@ -61,6 +62,11 @@ class Source:
     pretrained: bool = False
     notes: list[str] = field(default_factory=list)
 
+    @property
+    def new_head(self) -> bool:
+        """Whether the head was made anew, for other classes than the weights know."""
+        return any(note.startswith(NEW_HEAD) for note in self.notes)
+
 
 def load_source(
     spec: str,
@@ -70,6 +76,8 @@ def load_source(
     weights: Path | None = None,
     img_size: int | None = None,
     fetch: bool = True,
+    drop: float | None = None,
+    drop_path: float | None = None,
 ) -> Source:
     """Builds the model that a MODEL string names.
 
@@ -80,6 +88,8 @@ def load_source(
         weights: File with a state dict, used instead of the downloaded weights.
         img_size: Side of the square input image in pixels; None for the model's own size.
         fetch: False builds the model as it is with these weights, without them: a checkpoint has its own.
+        drop: Rate of dropout before the head; None leaves it as the model comes.
+        drop_path: Rate of stochastic depth; None leaves it as the model comes.
 
     Returns:
         The model with its preprocessing.
@@ -91,12 +101,15 @@ def load_source(
     wanted = pretrained and weights is None
     download = wanted and fetch
     own = re.search(r"\.py(:|$)", spec) is not None
+    rates = {name: rate for name, rate in (("drop_rate", drop), ("drop_path_rate", drop_path)) if rate is not None}
+    if rates and (own or spec.startswith(TORCHVISION)):
+        raise UserError(f"--drop and --drop-path are for timm's models; set the rates of '{spec}' where it is built")
     if own:
         source = _from_file(spec, num_classes, img_size)
     elif spec.startswith(TORCHVISION):
         source = _from_torchvision(spec, wanted, download, img_size)
     else:
-        source = _from_timm(spec, num_classes, download, img_size)
+        source = _from_timm(spec, num_classes, download, img_size, rates)
     source.module.cpu().float().eval()
 
     outputs = _count_outputs(source)
@@ -109,7 +122,7 @@ def load_source(
     return source
 
 
-def _from_timm(spec: str, num_classes: int | None, download: bool, img_size: int | None) -> Source:
+def _from_timm(spec: str, num_classes: int | None, download: bool, img_size: int | None, rates: dict[str, float]) -> Source:
     if not timm.is_model(spec):
         raise _unknown_model(spec)
     try:
@@ -122,7 +135,7 @@ def _from_timm(spec: str, num_classes: int | None, download: bool, img_size: int
         # a model of fixed input size takes img_size; any other fits itself to its input
         size = img_size if cfg.fixed_input_size else None
         try:
-            return timm.create_model(spec, pretrained=pretrained, num_classes=num_classes, img_size=size)
+            return timm.create_model(spec, pretrained=pretrained, num_classes=num_classes, img_size=size, **rates)
         except Exception as error:
             if pretrained:
                 raise
@@ -418,7 +431,7 @@ def _replace_head(source: Source, outputs: int, num_classes: int) -> None:
 
 
 def _new_head(old: int, new: int) -> str:
-    return f"the head is new and untrained: {new} classes in place of {old}"
+    return f"{NEW_HEAD}: {new} classes in place of {old}"
 
 
 def _resampled(module: nn.Module, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -16,73 +16,7 @@ import yaml
 from PIL import Image
 
 import s2h_cli
-from s2h_cli import cli
-
-MODEL = """
-import torch
-from torch import nn
-
-class Net(nn.Module):
-    def __init__(self, num_classes):
-        super().__init__()
-        self.stem = nn.Conv2d(3, 16, 3, stride=2, padding=1)
-        self.body = nn.Sequential(nn.Conv2d(16, 32, 3, padding=1, bias=False), nn.BatchNorm2d(32), nn.ReLU(), nn.Dropout(0.1),
-                                  nn.Conv2d(32, 24, 3, padding=1), nn.SiLU(),
-                                  nn.Conv2d(24, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16))
-        self.head = nn.Linear(16, num_classes)
-
-    def forward(self, x):
-        x = self.stem(x)
-        return self.head((x + self.body(x)).relu().mean((2, 3)))
-
-def build(num_classes=10):
-    return Net(num_classes)
-
-def blank(num_classes=10):
-    return nn.Sequential(nn.Flatten(), nn.Linear(3 * 16 * 16, num_classes))
-
-def nothing():
-    return 42
-
-class Fixed(Net):
-    def forward(self, x):
-        return super().forward(x.reshape(1, 3, 16, 16))
-
-def fixed(num_classes=10):
-    return Fixed(num_classes)
-
-def naughty(num_classes=10):
-    net = Net(num_classes)
-    net.head.register_forward_hook(lambda module, x, y: y / torch.zeros(()))
-    return net
-"""
-
-
-@pytest.fixture
-def here(tmp_path, monkeypatch):
-    """A working folder with a model file and a data folder of two easy classes."""
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "net.py").write_text(MODEL)
-    rng = np.random.default_rng(0)
-    for split, count in (("train", 24), ("val", 8)):
-        for target, name in enumerate(("dark", "light")):
-            folder = tmp_path / "data" / split / name
-            folder.mkdir(parents=True)
-            for i in range(count):
-                pixels = rng.integers(0, 128, (16, 16, 3)) + 127 * target
-                Image.fromarray(pixels.astype(np.uint8)).save(folder / f"{i}.png")
-    return tmp_path
-
-
-PRUNE = ["prune", "net.py:build", "--data", "data", "--flops", "0.4", "--img-size", "16", "--workers", "0", "--batch-size", "16",
-         "--divisor", "2", "--device", "cpu"]
-
-
-def s2h(*args):
-    """Runs the command line in this process; returns its exit code."""
-    with pytest.raises(SystemExit) as end:
-        cli.main([str(a) for a in args])
-    return end.value.code
+from toy import PRUNE, s2h
 
 
 def error_of(capsys, *args):
@@ -98,7 +32,8 @@ def test_a_run_writes_all_it_promises(here, capsys):
     out = capsys.readouterr().out
     run = here / "runs" / "net-f0.4"
     assert sorted(p.name for p in run.iterdir()) == [
-        "args.yaml", "checkpoints", "model.onnx", "model.pt2", "model.safetensors", "model.ts", "plan.json", "summary.csv"]
+        "args.yaml", "checkpoints", "model.onnx", "model.pt2", "model.safetensors", "model.ts", "plan.json", "summary.csv",
+        "tensorboard", "widths.csv"]
     assert [p.name for p in (run / "checkpoints").iterdir()] == ["last"]
     rows = list(csv.DictReader((run / "summary.csv").open()))
     assert [row["epoch"] for row in rows] == ["1", "2", "3", "4"]
@@ -188,9 +123,8 @@ def test_resumed_is_uninterrupted(here, monkeypatch):
     assert (here / "whole" / "model.safetensors").read_bytes() == (here / "parts" / "model.safetensors").read_bytes()
     plans = [json.loads((here / name / "plan.json").read_text()) for name in ("whole", "parts")]
     assert plans[0] == plans[1]
-    rows = [[{k: v for k, v in row.items() if k != "seconds"} for row in csv.DictReader((here / name / "summary.csv").open())]
-            for name in ("whole", "parts")]
-    assert rows[0] == rows[1]
+    for name in ("summary.csv", "widths.csv"):
+        assert (here / "whole" / name).read_bytes() == (here / "parts" / name).read_bytes()
 
 
 def test_interrupting_keeps_the_checkpoint_and_says_how_to_go_on(here):
@@ -262,7 +196,7 @@ def test_a_run_that_turns_nan_keeps_its_last_good_checkpoint(here, monkeypatch, 
 
     monkeypatch.setattr(S2H, "terms", poisoned)
     line = error_of(capsys, *PRUNE, "--epochs", "4", "-o", "out")
-    assert "epoch 3, step 2 of 3" in line
+    assert "epoch 3, by step 2 of 3" in line
     assert len(torch.load(here / "out" / "checkpoints" / "last", weights_only=True)["rows"]) == 2
 
 

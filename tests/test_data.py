@@ -1,4 +1,6 @@
+import os
 import random
+import signal
 import sys
 from collections import Counter
 
@@ -9,6 +11,7 @@ from PIL import Image
 from timm.data import ImageDataset
 
 from s2h_cli import data
+from s2h_cli.config import Recipe
 from s2h_cli.data import bad_images, make_loader, open_splits
 from s2h_cli.errors import UserError
 
@@ -26,11 +29,11 @@ def paint(folder, **counts):
     return folder
 
 
-def loader(dataset, *, size=8, channels=3, train=False, batch_size=4, workers=0, flip=True, seed=0):
+def loader(dataset, *, size=8, channels=3, train=False, batch_size=4, workers=0, flip=True, **more):
     options = PREPROCESSING | {"mean": (0.5,) * channels, "std": (0.5,) * channels}
     return make_loader(
         dataset, input_size=(channels, size, size), train=train, batch_size=batch_size, workers=workers, flip=flip,
-        seed=seed, **options,
+        **options, **more,
     )  # fmt: skip
 
 
@@ -115,9 +118,8 @@ def grey_values(tmp_path):
     return open_splits(str(paint(tmp_path / "grey", a=11, b=11))).train
 
 
-def epoch(batches, seed=0):
-    for seeder in (random.seed, np.random.seed, torch.manual_seed):
-        seeder(seed)
+def epoch(batches, number=0, skip=0):
+    batches.set_epoch(number, skip)
     return list(batches)
 
 
@@ -141,24 +143,60 @@ def test_training_leaves_out_the_incomplete_batch(grey_values):
     assert [len(targets) for _, targets in loader(grey_values, train=True, batch_size=50)] == [20]
 
 
-@pytest.mark.parametrize("size", [8, 80])
-def test_epochs_repeat_whatever_was_drawn_before_and_whatever_the_workers(grey_values, size):
-    def same(left, right):
-        return all(torch.equal(a, b) for one, two in zip(left, right, strict=True) for a, b in zip(one, two))
+def same(left, right):
+    return all(torch.equal(a, b) for one, two in zip(left, right, strict=True) for a, b in zip(one, two))
 
-    batches = loader(grey_values, train=True, size=size)
-    epochs = [epoch(batches, seed) for seed in range(3)]
+
+AUGMENTED = Recipe(aa="rand-m9-mstd0.5-inc1", reprob=0.5)
+
+
+@pytest.mark.parametrize("size, recipe", [(8, Recipe()), (80, Recipe()), (80, AUGMENTED)])
+def test_epochs_repeat_whatever_was_drawn_before_and_whatever_the_workers(grey_values, size, recipe):
+    batches = loader(grey_values, train=True, size=size, recipe=recipe)
+    epochs = [epoch(batches, number) for number in range(3)]
     assert not same(epochs[0], epochs[1])
-    fresh = loader(grey_values, train=True, size=size, workers=2)  # as after a resume, and with other workers
+    fresh = loader(grey_values, train=True, size=size, workers=2, recipe=recipe)  # as after a resume, and with other workers
     assert same(epoch(fresh, 2), epochs[2]) and same(epoch(fresh, 1), epochs[1])
-    assert not same(epoch(loader(grey_values, train=True, size=size, seed=1), 1), epochs[1])
+    assert not same(epoch(loader(grey_values, train=True, size=size, seed=1, recipe=recipe), 1), epochs[1])
 
-    torch.manual_seed(2)
-    iterator, disturbed = iter(batches), []
-    for batch in iterator:
+    batches.set_epoch(2)
+    disturbed = []
+    for batch in batches:
         disturbed.append(batch)
-        torch.rand(7), random.random()  # as a training step would
+        torch.rand(7), random.random(), np.random.rand()  # as a training step would
     assert same(disturbed, epochs[2])
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_an_epoch_can_be_entered_in_its_middle(grey_values, workers):
+    batches = loader(grey_values, train=True, workers=workers)
+    whole = epoch(batches, 3)
+    assert same(epoch(batches, 3, skip=2), whole[2:]) and batches.position == len(batches) == 5
+    assert epoch(batches, 3, skip=5) == []
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_processes_share_each_batch_of_training_and_the_whole_of_evaluation(grey_values, world):
+    alone = epoch(loader(grey_values, train=True, batch_size=6), 1)
+    shares = [epoch(loader(grey_values, train=True, batch_size=6, rank=rank, world=world), 1) for rank in range(world)]
+    for i, (images, targets) in enumerate(alone):
+        together = [torch.stack([shares[k % world][i][part][k // world] for k in range(6)]) for part in (0, 1)]
+        assert torch.equal(together[0], images) and torch.equal(together[1], targets)
+    counted = [values(loader(grey_values, rank=rank, world=world)) for rank in range(world)]
+    assert sorted(sum(counted, [])) == values(loader(grey_values))
+
+
+def test_a_worker_that_dies_names_its_image(grey_values, monkeypatch):
+    real = data._eight_bits
+
+    def dies(image):
+        if image.filename == grey_values.source[7][0]:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return real(image)
+
+    monkeypatch.setattr(data, "_eight_bits", dies)
+    message = refusal(list, loader(grey_values, batch_size=1, workers=1))
+    assert grey_values.source[7][0] in message and "--workers" in message
 
 
 def test_loaders_of_one_set_do_not_disturb_each_other(grey_values):

@@ -6,7 +6,8 @@ The training loop knows nothing of a method. It uses:
     method.start_step(progress)                        before a batch, and at the end; progress through the schedule, 0 to 1
     method.terms(images, targets, criterion)           {name: term of the loss} of a batch
     method.backward(terms)                             accumulates their gradients
-    method.finish_step()                               after the optimizer's step
+    method.optimizers()                                of parameters of its own, beside the network's, as long as they train
+    method.expected_widths(), method.gates_now()       arrays (groups,) and (atoms,) to draw
     method.networks()                                  {name: module} to evaluate; "hard" is the small one
     method.plan                                        the plan that the hard network follows now
     method.result()                                    the small network with weights of its own

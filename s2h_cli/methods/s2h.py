@@ -60,6 +60,7 @@ class S2H:
         self.plan: Plan | None = None
         self.mask_optimizer = torch.optim.Adam(self.masks.parameters(), lr=settings.mask_lr)
         self.budget = 1.0  # the target of this step
+        self.ranks = self.importance.ranks()
         self.frozen = False
         self.gates = torch.ones(space.size, device=device)  # w after the freeze
         self._follow(Plan(space, np.ones(space.size, bool)))
@@ -107,10 +108,17 @@ class S2H:
         if not self.frozen:
             self.masks.u.grad += mask_grad
 
-    def finish_step(self) -> None:
-        if not self.frozen:
-            self.mask_optimizer.step()
-            self.mask_optimizer.zero_grad()
+    def optimizers(self) -> list[torch.optim.Optimizer]:
+        return [] if self.frozen else [self.mask_optimizer]
+
+    def expected_widths(self) -> np.ndarray:
+        """E of each group, (groups,); after the freeze the widths themselves."""
+        return self.plan.widths if self.frozen else self.masks.expected_widths().detach().cpu().numpy()
+
+    @torch.no_grad()
+    def gates_now(self) -> torch.Tensor:
+        """w of each atom, (atoms,)."""
+        return self.gates if self.frozen else self.masks.keep_probability(self.ranks)
 
     def networks(self) -> dict[str, nn.Module]:
         return {"soft": Forward(self.soft, self.soft_parameters), "hard": Forward(self.hard, self.hard_parameters)}
@@ -126,13 +134,14 @@ class S2H:
         """All that a later `load_state_dict` needs to go on bit for bit: tensors and plain data."""
         return {"network": self.network.state_dict(), "masks": self.masks.state_dict(), "gates": self.gates,
                 "mask_optimizer": self.mask_optimizer.state_dict(), "frozen": self.frozen,
-                "keep": torch.from_numpy(self.plan.keep), "hard_buffers": dict(self.hard.named_buffers())}
+                "ranks": self.ranks, "keep": torch.from_numpy(self.plan.keep), "hard_buffers": dict(self.hard.named_buffers())}
 
     def load_state_dict(self, state: dict) -> None:
         self.network.load_state_dict(state["network"])
         self.masks.load_state_dict(state["masks"])
         self.mask_optimizer.load_state_dict(state["mask_optimizer"])
         self.frozen = state["frozen"]
+        self.ranks.copy_(state["ranks"])
         self.gates.copy_(state["gates"])
         self._follow(Plan(self.space, state["keep"].cpu().numpy()))
         for name, buffer in state["hard_buffers"].items():
@@ -143,7 +152,7 @@ class S2H:
     def soft_parameters(self, gates: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
         """All weights; those that read prunable channels are gated along their input dimension."""
         if gates is None:
-            gates = self.gates if self.frozen else self.masks.keep_probability(self.ranks)
+            gates = self.gates_now()
         out = dict(self.operands)
         for (name, dim), parts in self.read_parts.items():
             out[name] = gated(out[name], dim, gates, parts)

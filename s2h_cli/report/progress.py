@@ -8,6 +8,21 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 
+class Watchers:
+    """Several watchers as one."""
+
+    def __init__(self, watchers: list[Any]):
+        self.watchers = watchers
+
+    def step(self, epoch: int, step: int, facts: dict[str, float]) -> None:
+        for watcher in self.watchers:
+            watcher.step(epoch, step, facts)
+
+    def epoch(self, row: dict[str, Any], seconds: float) -> None:
+        for watcher in self.watchers:
+            watcher.epoch(row, seconds)
+
+
 class TrainingDisplay:
     """The loop's watcher. Use as a context manager around the training."""
 
@@ -34,14 +49,14 @@ class TrainingDisplay:
         if self.live:
             losses = " ".join(f"{name} {value:.2f}" for name, value in facts.items() if name not in ("ratio", "images_per_second"))
             self.live.update(
-                self.task, completed=epoch * self.steps + step + 1,
-                description=f"epoch {epoch + 1}/{self.epochs}\nstep {step + 1}/{self.steps}",
+                self.task, completed=epoch * self.steps + step,
+                description=f"epoch {epoch + 1}/{self.epochs}\nstep {step}/{self.steps}",
                 facts=f"loss {losses}\n{self.accuracy}  ratio {facts['ratio']:.3f} of {self.target:g}  "
                       f"{facts['images_per_second']:.0f} img/s")
 
-    def epoch(self, row: dict[str, Any]) -> None:
+    def epoch(self, row: dict[str, Any], seconds: float) -> None:
         top1 = " ".join(f"{name.removeprefix('top1_')} {value:.2f}%" for name, value in row.items() if name.startswith("top1_"))
         self.accuracy = top1
         losses = " ".join(f"{name.removeprefix('loss_')} {value:.3f}" for name, value in row.items() if name.startswith("loss_"))
-        self.console.print(f"epoch {row['epoch']}/{self.epochs}  loss {losses}  {top1}  ratio {row['ratio']:.4f}  {row['seconds']:.1f} s",
+        self.console.print(f"epoch {row['epoch']}/{self.epochs}  loss {losses}  {top1}  ratio {row['ratio']:.4f}  {seconds:.1f} s",
                            soft_wrap=True)

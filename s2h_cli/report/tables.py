@@ -119,6 +119,8 @@ def closing(result: dict[str, Any]) -> Table:
     table = _table("Result", "", ">before", ">after", "*")
     table.add_row("top-1 %, soft network", "", _percent(result["top1"]["soft"]), "")
     table.add_row("top-1 %, hard network", "", _percent(result["top1"]["hard"]), "")
+    if "ema" in result["top1"]:
+        table.add_row("top-1 %, hard, averaged", "", _percent(result["top1"]["ema"]), "exported where it is better")
     table.add_row("top-1 %, exported", "", _percent(result["top1"]["exported"]), result["checked"])
     table.add_row("MACs", quantity(macs["full"]), quantity(macs["pruned"]), f"ratio {macs['ratio']:.4f}, target {macs['target']:g}")
     table.add_row("parameters", quantity(params["full"]), quantity(params["pruned"]), f"ratio {params['ratio']:.4f}")

@@ -8,6 +8,8 @@ import torch
 from fvcore.nn.precise_bn import get_bn_modules, update_bn_stats
 from torch import nn
 
+from .. import distributed
+
 Batch = tuple[torch.Tensor, torch.Tensor]
 
 
@@ -27,10 +29,10 @@ def restate(network: nn.Module, batches: list[torch.Tensor]) -> None:
 
 @torch.no_grad()
 def top1(network: Callable[[torch.Tensor], torch.Tensor], loader: Iterable[Batch], device: torch.device | str) -> float:
-    """Share of images in percent whose largest logit is their class. `network` must be in eval mode."""
-    right = total = 0
+    """Share of images in percent, of those of all processes, whose largest logit is their class. `network` must be in eval mode."""
+    counts = torch.zeros(2, dtype=torch.float64, device=device)  # right, all
     for images, targets in loader:
-        logits = network(images.to(device))
-        right += (logits.argmax(1).cpu() == targets).sum().item()
-        total += len(targets)
-    return 100.0 * right / total
+        right = network(images.to(device, non_blocking=True)).argmax(1) == targets.to(device, non_blocking=True)
+        counts += torch.stack([right.sum(), torch.tensor(len(right), device=device)])
+    right, images = distributed.total(counts).tolist()
+    return 100.0 * right / images

@@ -1,183 +1,291 @@
-"""The training loop: epochs, optimizer, schedule, evaluation, checkpoints. It knows nothing of a method."""
+"""The training loop: epochs, updates, evaluation, checkpoints. It knows nothing of a method."""
 
 from __future__ import annotations
 
-import difflib
 import math
 import random
 import time
-from dataclasses import dataclass
-from typing import Any, Callable, Protocol
+from contextlib import contextmanager, nullcontext
+from typing import Any, Callable, Iterator, Protocol
 
 import numpy as np
 import torch
-from timm.optim import create_optimizer_v2, list_optimizers
-from timm.scheduler import create_scheduler_v2
+import torch.nn.functional as F
+from timm.utils import dispatch_clip_grad
 from torch import nn
 from torch.utils.data import DataLoader
 
+from .. import distributed
+from ..config import Recipe
 from ..errors import UserError, why
 from .evaluate import restate, top1
+from .recipe import AMP_DTYPES, make_criterion, make_ema, make_mixup, make_optimizer, make_scheduler
 
-#: The schedules of timm that move step by step.
-SCHEDULES = ("cosine", "tanh", "poly", "step", "multistep")
 #: Images over which batch-norm statistics are re-estimated before an evaluation.
 RESTATE_IMAGES = 1024
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """How to train. `lr` is the peak rate; the schedule runs over `epochs` with one epoch of warm-up in twenty."""
-
-    epochs: int
-    lr: float
-    opt: str = "adamw"
-    sched: str = "cosine"
-    weight_decay: float = 0.05
-    seed: int = 0
-    amp: bool = False
+#: Steps on a GPU between two looks at the losses: each makes the processor wait.
+LOOK_EVERY = 10
 
 
 class Watcher(Protocol):
     """What the loop tells while it runs."""
 
     def step(self, epoch: int, step: int, facts: dict[str, float]) -> None: ...
-    def epoch(self, row: dict[str, Any]) -> None: ...
+    def epoch(self, row: dict[str, Any], seconds: float) -> None: ...
 
 
-def fit(method: Any, train: DataLoader, val: DataLoader, recipe: Recipe, watcher: Watcher, *, state: dict | None = None,
-        save: Callable[[dict], None] = lambda state: None) -> list[dict[str, Any]]:
-    """Trains a method to the end of its schedule.
+class Training:
+    """All that changes while a method trains, and one step of it.
 
     Args:
         method: see `s2h_cli.methods`.
-        train, val: loaders of images (N, C, H, W) and targets (N,).
+        batches: steps an epoch.
+        classes: of the task.
+        teacher: gives logits (N, classes) of images (N, C, H, W); the task's loss then has its distillation loss beside it.
+    """
+
+    def __init__(self, method: Any, recipe: Recipe, batches: int, classes: int, teacher: nn.Module | None = None):
+        self.method, self.recipe, self.teacher, self.batches = method, recipe, teacher, batches
+        self.device = next(method.network.parameters()).device
+        self.updates = math.ceil(batches / recipe.grad_accum_steps)  # of the weights, an epoch
+        self.optimizer = make_optimizer(method.network, recipe)
+        self.scheduler = make_scheduler(self.optimizer, recipe, self.updates)
+        self.mixup, self.criterion = make_mixup(recipe, classes), make_criterion(recipe)
+        self.ema = make_ema(method.network, recipe)
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=recipe.amp and recipe.amp_dtype == "float16")
+        self.terms = distributed.parallel(_Terms(method))
+        self.rows: list[dict[str, Any]] = []  # one an epoch that has ended
+        self.sums: dict[str, torch.Tensor] = {}  # of each term of the loss, in the epoch that runs
+        self.position = 0  # batches of it that are done
+
+    def step(self, images: torch.Tensor, targets: torch.Tensor, position: int) -> None:
+        """One batch, the `position`-th of the epoch, from 1: forward, backward, and an update of the weights where one is due."""
+        epoch, accumulate = len(self.rows), self.recipe.grad_accum_steps
+        update = epoch * self.updates + (position - 1) // accumulate
+        seed_everything(self.recipe.seed, epoch * self.batches + position, distributed.RANK)
+        first, last = position % accumulate == 1 % accumulate, position % accumulate == 0 or position == self.batches
+        if first:
+            self.method.start_step(update / (self.recipe.epochs * self.updates))
+            for optimizer in self.optimizers():
+                optimizer.zero_grad()
+        for name, term in self.forward_backward(images, targets, last).items():
+            self.sums[name] = self.sums.get(name, 0.0) + term.detach().double()
+        if last:
+            self.update(update)
+        self.position = position
+
+    def forward_backward(self, images: torch.Tensor, targets: torch.Tensor, last: bool = True) -> dict[str, torch.Tensor]:
+        """Accumulates the gradients of one batch, and returns the terms of the loss.
+
+        Raises:
+            UserError: the memory does not suffice, or the batch is too small for batch norm.
+        """
+        images = images.to(self.device, non_blocking=True, memory_format=self.memory_format)
+        targets = targets.to(self.device, non_blocking=True)
+        try:
+            if self.mixup:
+                images, targets = self.mixup(images, targets)
+            with nullcontext() if last or self.terms.__class__ is _Terms else self.terms.no_sync():
+                with self.autocast():
+                    terms = self.terms(images, targets, self.taught(images))
+                self.method.backward({name: self.scaler.scale(term / self.recipe.grad_accum_steps) for name, term in terms.items()})
+        except (torch.OutOfMemoryError, RuntimeError) as error:
+            if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in str(error):
+                raise
+            half = max(1, self.recipe.batch_size // 2)
+            raise UserError(f"out of memory at --batch-size {self.recipe.batch_size}; try --batch-size {half} --grad-accum-steps "
+                            f"{2 * self.recipe.grad_accum_steps}" + ("" if self.recipe.amp else ", or --amp")) from error
+        except ValueError as error:
+            if "more than 1 value per channel" not in str(error):
+                raise
+            raise UserError(f"batch norm cannot train on {len(images)} image a step at this size; raise --batch-size or --img-size") from error
+        return terms
+
+    def taught(self, images: torch.Tensor) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
+        """The task's loss of these images: with a teacher, half of it is KL(teacher || network)."""
+        if self.teacher is None:
+            return self.criterion
+        with torch.no_grad():
+            wanted = self.teacher(images).log_softmax(1)
+        return lambda logits, targets: 0.5 * self.criterion(logits, targets) + 0.5 * F.kl_div(
+            logits.log_softmax(1), wanted, reduction="batchmean", log_target=True)
+
+    def update(self, update: int) -> None:
+        """Changes the weights by the gradients that were gathered."""
+        for optimizer in self.method.optimizers():  # its parameters are few, and not among those that are averaged on the way
+            for group in optimizer.param_groups:
+                for parameter in group["params"]:
+                    distributed.mean(parameter.grad)
+        if self.recipe.clip_grad:
+            self.scaler.unscale_(self.optimizer)
+            dispatch_clip_grad(self.method.network.parameters(), self.recipe.clip_grad)
+        for optimizer in self.optimizers():
+            self.scaler.step(optimizer)
+        self.scaler.update()
+        self.scheduler.step_update(update + 1)
+        if self.ema:
+            self.ema.update(self.method.network, step=update + 1)
+
+    def optimizers(self) -> list[torch.optim.Optimizer]:
+        return [self.optimizer, *self.method.optimizers()]
+
+    def losses(self) -> dict[str, float]:
+        """Means of the terms of the loss over the epoch so far, of all processes.
+
+        Raises:
+            UserError: one is not finite.
+        """
+        found = {name: value / self.position for name, value in self.sums.items()}
+        means = dict(zip(found, distributed.mean(torch.stack(list(found.values()))).tolist())) if found else {}
+        if not math.isfinite(sum(means.values())):
+            raise UserError(f"the loss became {sum(means.values())} at epoch {len(self.rows) + 1}, by step {self.position} of {self.batches}; "
+                            f"lower --lr ({self.recipe.lr:g}); the last checkpoint is from before")
+        return means
+
+    def evaluate(self, batches: list[torch.Tensor], val: DataLoader) -> dict[str, float]:
+        """Top-1 in percent of each of the method's networks, and of the hard one with averaged weights ("ema")."""
+        found = {}
+        if self.ema:
+            with self.averaged():
+                found["top1_ema"] = evaluate({"hard": self.method.networks()["hard"]}, batches, val, self.device)["top1_hard"]
+        return {**evaluate(self.method.networks(), batches, val, self.device), **found}
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """The network with averaged weights, for a while."""
+        network, own = self.method.network, {name: tensor.clone() for name, tensor in self.method.network.state_dict().items()}
+        network.load_state_dict(self.ema.module.state_dict())
+        yield
+        network.load_state_dict(own)
+
+    def autocast(self) -> torch.autocast:
+        return torch.autocast(self.device.type, AMP_DTYPES[self.recipe.amp_dtype], enabled=self.recipe.amp)
+
+    @property
+    def memory_format(self) -> torch.memory_format:
+        return torch.channels_last if self.recipe.channels_last else torch.preserve_format
+
+    def state_dict(self) -> dict[str, Any]:
+        """Tensors and plain data, from which `load_state_dict` goes on bit for bit."""
+        return {"method": self.method.state_dict(), "optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict(),
+                "ema": self.ema.module.state_dict() if self.ema else None, "rows": self.rows, "sums": self.sums, "position": self.position}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Raises UserError where the state is of another model."""
+        try:
+            self.method.load_state_dict(state["method"])
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.scaler.load_state_dict(state["scaler"])
+            if self.ema:
+                self.ema.module.load_state_dict(state["ema"])
+            self.rows, self.position = state["rows"], state["position"]
+            self.sums = {name: tensor.to(self.device) for name, tensor in state["sums"].items()}
+        except (RuntimeError, ValueError, KeyError) as error:
+            raise UserError(f"the checkpoint does not fit this model ({why(error)}); start a new run") from error
+
+
+class _Terms(nn.Module):
+    """A method's forward pass, as a module of the weights that it trains: what data parallelism wraps."""
+
+    def __init__(self, method: Any):
+        super().__init__()
+        self.network = method.network
+        self.method = method
+
+    def forward(self, images: torch.Tensor, targets: torch.Tensor, criterion: Callable) -> dict[str, torch.Tensor]:
+        return self.method.terms(images, targets, criterion)
+
+
+def fit(method: Any, train: DataLoader, val: DataLoader, recipe: Recipe, watcher: Watcher, *, classes: int, teacher: nn.Module | None = None,
+        state: dict | None = None, save: Callable[[dict], None] = lambda state: None, save_every: int | None = None) -> list[dict[str, Any]]:
+    """Trains a method to the end of its schedule.
+
+    Everything random in a step follows from the seed, the step's number and the process: a run that goes on from a state is
+    the run that never stopped.
+
+    Args:
+        method: see `s2h_cli.methods`. It ends with averaged weights, where these are asked for and the hard network is better with them.
+        train, val: loaders from `s2h_cli.data.make_loader`.
+        classes, teacher: see `Training`.
         state: a state that an earlier call gave to `save`, to go on from.
         save: is given the whole state after every epoch: tensors and plain data.
+        save_every: steps between two more calls of `save`, inside an epoch.
 
     Returns:
         One row for each epoch: what `summary.csv` holds.
 
     Raises:
-        UserError: the loss is no longer finite.
+        UserError: the loss is no longer finite, the memory does not suffice, an image cannot be read, or the state is of another model.
     """
-    device = next(method.network.parameters()).device
-    steps = len(train)
-    optimizer = create_optimizer_v2(method.network, opt=recipe.opt, lr=recipe.lr, weight_decay=recipe.weight_decay)
-    scheduler, _ = create_scheduler_v2(optimizer, sched=recipe.sched, num_epochs=recipe.epochs, step_on_epochs=False,
-                                       warmup_epochs=recipe.epochs // 20, warmup_lr=recipe.lr * 0.01, min_lr=recipe.lr * 0.01,
-                                       updates_per_epoch=steps)
-    rows: list[dict[str, Any]] = []
+    training = Training(method, recipe, len(train), classes, teacher)
     if state is not None:
-        try:
-            method.load_state_dict(state["method"])
-            optimizer.load_state_dict(state["optimizer"])
-        except (RuntimeError, ValueError, KeyError) as error:
-            raise UserError(f"the checkpoint does not fit this model ({why(error)}); start a new run") from error
-        rows = state["rows"]
-    for epoch in range(len(rows), recipe.epochs):
-        seed_everything(recipe.seed, epoch)
-        started, images_seen = time.perf_counter(), 0
-        sums: dict[str, float] = {}
-        recent = []  # this epoch's first batches, for batch-norm statistics
+        training.load_state_dict(state)
+    batches = first_batches(train)
+    for epoch in range(len(training.rows), recipe.epochs):
+        started, before = time.perf_counter(), training.position
         for network in method.networks().values():
             network.train()
-        for step, (images, targets) in enumerate(train):
-            images, targets = images.to(device, non_blocking=True), targets.to(device, non_blocking=True)
-            update = epoch * steps + step
-            method.start_step(update / (recipe.epochs * steps))
-            optimizer.zero_grad()
-            facts = forward_backward(method, images, targets, recipe.amp)
-            if not math.isfinite(sum(facts.values())):
-                raise UserError(f"the loss became {sum(facts.values())} at epoch {epoch + 1}, step {step + 1} of {steps}; "
-                                f"lower --lr ({recipe.lr:g}); the last checkpoint is as the epoch before left it")
-            optimizer.step()
-            method.finish_step()
-            scheduler.step_update(update + 1)
-            for name, value in facts.items():
-                sums[name] = sums.get(name, 0.0) + value
-            images_seen += len(targets)
-            if len(recent) * len(targets) < RESTATE_IMAGES:
-                recent.append(images)
-            watcher.step(epoch, step, {**facts, "ratio": method.plan.ratio, "images_per_second":
-                                       images_seen / (time.perf_counter() - started)})
+        train.set_epoch(epoch, skip=training.position)
+        for images, targets in train:
+            training.step(images, targets, train.position)
+            step = training.position
+            saves = save_every and step % save_every == 0 and step % recipe.grad_accum_steps == 0
+            # As long as widths follow masks the processor waits for these anyway, and masks that are not finite have no width.
+            if saves or step % LOOK_EVERY == 0 or training.device.type == "cpu" or method.optimizers():
+                speed = (step - before) * recipe.batch_size / (time.perf_counter() - started)
+                watcher.step(epoch, step, {**training.losses(), "ratio": method.plan.ratio, "images_per_second": speed})
+            if saves:
+                save(training.state_dict())
         if epoch + 1 == recipe.epochs:
             method.start_step(1.0)  # however short the schedule, it ends with what its end asks for
-        row = {"epoch": epoch + 1, "lr": optimizer.param_groups[0]["lr"], "ratio": method.plan.ratio}
-        row |= {f"loss_{name}": value / (step + 1) for name, value in sums.items()}
-        row |= evaluate(method, recent, val, device)
-        row["seconds"] = time.perf_counter() - started
-        rows.append(row)
-        save({"method": method.state_dict(), "optimizer": optimizer.state_dict(), "rows": rows})
-        watcher.epoch(row)
-    return rows
+        row = {"epoch": epoch + 1, "lr": training.optimizer.param_groups[0]["lr"], "ratio": method.plan.ratio}
+        row |= {f"loss_{name}": value for name, value in training.losses().items()}
+        row |= training.evaluate(batches, val)
+        training.rows.append(row)
+        training.sums, training.position = {}, 0
+        watcher.epoch(row, time.perf_counter() - started)
+        save(training.state_dict())
+    last = training.rows[-1]
+    if last.get("top1_ema", 0.0) > last["top1_hard"]:
+        method.network.load_state_dict(training.ema.module.state_dict())
+        restate(method.networks()["hard"], [images.to(training.device) for images in batches])
+    return training.rows
 
 
-def check_names(opt: str, sched: str) -> None:
-    """Raises UserError for an optimizer or a schedule that timm does not have, or that does not work here."""
-    if opt.lower() not in list_optimizers():
-        near = difflib.get_close_matches(opt.lower(), list_optimizers(), 3) or ["adamw", "sgd", "lamb"]
-        raise UserError(f"no optimizer {opt!r}; timm has {', '.join(near)} and others")
-    weight = nn.Parameter(torch.ones(2, 2))
-    weight.grad = torch.ones(2, 2)
-    try:
-        create_optimizer_v2([weight], opt=opt, lr=0.1).step()
-    except Exception as error:  # packages that are missing, second derivatives, a GPU: each says so in its own way
-        raise UserError(f"--opt {opt} does not work here ({why(error)}); take another, such as adamw") from error
-    if sched not in SCHEDULES:
-        raise UserError(f"no schedule {sched!r}; choose from {', '.join(SCHEDULES)}")
-
-
-def forward_backward(method: Any, images: torch.Tensor, targets: torch.Tensor, amp: bool) -> dict[str, float]:
-    """Accumulates the gradients of one batch, and returns the terms of the loss.
-
-    Raises:
-        UserError: the memory does not suffice, or the batch is too small for batch norm.
-    """
-    try:
-        with torch.autocast(images.device.type, torch.bfloat16, enabled=amp):
-            terms = method.terms(images, targets, nn.CrossEntropyLoss())
-        method.backward(terms)
-    except torch.OutOfMemoryError as error:
-        raise UserError(f"out of memory at {len(images)} images a step; lower --batch-size or --img-size, or pass --amp") from error
-    except ValueError as error:
-        if "more than 1 value per channel" not in str(error):
-            raise
-        raise UserError(f"batch norm cannot train on {len(images)} image a step at this size; raise --batch-size or --img-size") from error
-    return {name: term.item() for name, term in terms.items()}
-
-
-def try_step(method: Any, loader: DataLoader, device: torch.device, amp: bool) -> None:
-    """Runs one batch forward and backward, and changes no weight."""
-    images, targets = next(iter(loader))
-    method.start_step(0.0)
-    for network in method.networks().values():
-        network.train()
-    forward_backward(method, images.to(device), targets.to(device), amp)
-
-
-def evaluate(method: Any, batches: list[torch.Tensor], val: DataLoader, device: torch.device) -> dict[str, float]:
-    """Top-1 in percent of each of a method's networks, after its batch-norm statistics were re-estimated on `batches`."""
+def evaluate(networks: dict[str, nn.Module], batches: list[torch.Tensor], val: DataLoader, device: torch.device) -> dict[str, float]:
+    """Top-1 in percent of each network, after its batch-norm statistics were re-estimated on `batches` of images (N, C, H, W)."""
     accuracy = {}
-    for name, network in method.networks().items():
-        restate(network, batches)
+    for name, network in networks.items():
+        restate(network, [images.to(device) for images in batches])
         accuracy[f"top1_{name}"] = top1(network, val, device)
     return accuracy
 
 
-def first_batches(loader: DataLoader, device: torch.device) -> list[torch.Tensor]:
-    """Images (N, C, H, W) of the first batches: enough to re-estimate batch-norm statistics on."""
+def first_batches(loader: DataLoader) -> list[torch.Tensor]:
+    """Images (N, C, H, W) of the first batches of the training: enough to re-estimate batch-norm statistics on."""
     batches = []
+    loader.set_epoch(0)
     for images, _ in loader:
-        batches.append(images.to(device))
+        batches.append(images)
         if len(batches) * len(images) >= RESTATE_IMAGES:
             break
     return batches
 
 
-def seed_everything(seed: int, epoch: int) -> None:
-    """Makes an epoch a function of (seed, epoch): so a resumed run goes on as if it had never stopped."""
-    value = (seed * 1_000_003 + epoch) % 2**32
+def try_step(method: Any, loader: DataLoader, recipe: Recipe, classes: int, teacher: nn.Module | None = None) -> None:
+    """Runs one batch forward and backward, and changes no weight."""
+    training = Training(method, recipe, len(loader), classes, teacher)
+    loader.set_epoch(0)
+    images, targets = next(iter(loader))
+    method.start_step(0.0)
+    for network in method.networks().values():
+        network.train()
+    training.forward_backward(images, targets)
+
+
+def seed_everything(*numbers: int) -> None:
+    """Makes all that is random from here on a function of these numbers."""
+    value = int(np.random.SeedSequence([number % 2**32 for number in numbers]).generate_state(1)[0])
     random.seed(value)
     np.random.seed(value)
     torch.manual_seed(value)

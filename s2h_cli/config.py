@@ -1,0 +1,182 @@
+"""What a run was asked for: `args.yaml`, recipes, and the command line, in one flat set of settings."""
+
+from __future__ import annotations
+
+import difflib
+import shlex
+import types
+import typing
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from .errors import UserError, why
+from .files import writing
+
+RECIPES = Path(__file__).parent / "recipes"
+
+
+@dataclass(kw_only=True)
+class Recipe:
+    """How to train. None means: by model and data, or off. Names are those of timm's training script where it has them."""
+
+    epochs: int | None = None
+    batch_size: int = 64  #: images per step, over all processes
+    grad_accum_steps: int = 1  #: steps whose gradients one update of the weights adds up
+    opt: str = "adamw"
+    lr: float | None = None  #: peak learning rate
+    weight_decay: float = 0.05
+    momentum: float = 0.9
+    layer_decay: float | None = None
+    clip_grad: float | None = None  #: largest norm of the gradient of all weights
+    sched: str = "cosine"
+    warmup_epochs: int | None = None
+    min_lr: float | None = None
+    smoothing: float = 0.0
+    mixup: float = 0.0
+    cutmix: float = 0.0
+    aa: str | None = None  #: timm's name of an augmentation policy
+    color_jitter: float | None = None
+    reprob: float = 0.0
+    crop_min: float | None = None  #: least share of the image that a random crop keeps
+    drop: float | None = None
+    drop_path: float | None = None
+    ema: float | None = None  #: decay of a moving average of the weights, an update
+    amp: bool = False
+    amp_dtype: str = "bfloat16"
+    channels_last: bool = False
+    seed: int = 0
+
+
+@dataclass(kw_only=True)
+class Config(Recipe):
+    """What `s2h prune` was asked for: the content of `args.yaml`."""
+
+    model: str
+    data: str
+    flops: float
+    output: str | None = None
+    pretrained: bool = True
+    weights: str | None = None
+    teacher: str | None = None
+    img_size: int | None = None
+    divisor: int = 8
+    exclude: list[str] = field(default_factory=list)
+    prune_head_dim: bool = False
+    val_fraction: float = 0.1
+    skip_bad_images: bool = False
+    workers: int = 4
+    device: str = "auto"
+    checkpoint_every: int | None = None  #: steps between two checkpoints inside an epoch
+    log: str | None = None
+
+    def command(self, *extra: str) -> str:
+        """The command line that asks for this run."""
+        words = ["s2h", "prune", self.model]
+        for option in fields(self):
+            value = getattr(self, option.name)
+            flag = "--" + option.name.replace("_", "-")
+            if option.name == "model" or value == option.default or value is None:
+                continue
+            if isinstance(value, bool):
+                words.append(flag if value else "--no-" + flag[2:])
+            else:
+                for item in value if isinstance(value, list) else [value]:
+                    words += [flag, str(item)]
+        return shlex.join([*words, *extra])
+
+
+def configure(given: dict[str, Any], recipe: str | None = None, file: Path | None = None) -> Config:
+    """Settings by name: what was given, over those of an earlier run's `args.yaml`, over those of a recipe, over the defaults.
+
+    Raises:
+        UserError: there is no such recipe or file, it has an unknown setting or a value of a wrong type, or model, data or
+            budget are missing.
+    """
+    settings = read_recipe(recipe) if recipe else {}
+    if file is not None:
+        # Where an earlier run wrote to is not asked for again.
+        settings |= {name: value for name, value in _read(file, Config).items() if name != "output"}
+    settings |= given
+    for name, example in (("model", "resnet50"), ("data", "--data ./imagenet"), ("flops", "--flops 0.35")):
+        if name not in settings:
+            raise UserError(f"no {name} is given; name it, such as {example}, or a --config FILE that has it")
+    return Config(**settings)
+
+
+def write(config: Config, folder: Path) -> None:
+    """Writes `args.yaml`.
+
+    Raises:
+        UserError: the folder cannot be written to.
+    """
+    with writing(folder) as aside:
+        (aside / "args.yaml").write_text(yaml.safe_dump(asdict(config), sort_keys=False))
+
+
+def resumed(config: Config, folder: Path) -> Config:
+    """The settings a run was started with, checked against what is asked for now.
+
+    Raises:
+        UserError: another model, data set or budget is asked for, or `args.yaml` cannot be read.
+    """
+    path = folder / "args.yaml"
+    if not path.is_file():
+        raise UserError(f"nothing to resume: no args.yaml in '{folder}'; leave --resume away or name the run's folder with -o")
+    saved = configure(_read(path, Config))
+    for name in ("model", "data", "flops"):
+        if getattr(saved, name) != getattr(config, name):
+            raise UserError(f"cannot resume: '{folder}' was started with {name} {getattr(saved, name)}, "
+                            f"not {getattr(config, name)}; ask for the same, or start a new run")
+    return saved
+
+
+def recipes() -> dict[str, str]:
+    """The text of each recipe that comes with s2h, by name."""
+    return {path.stem: path.read_text() for path in sorted(RECIPES.glob("*.yaml"))}
+
+
+def read_recipe(name: str) -> dict[str, Any]:
+    """The settings of a recipe that comes with s2h, or of a YAML file.
+
+    Raises:
+        UserError: there is none of the name, or it is no recipe.
+    """
+    path = RECIPES / f"{name}.yaml" if name in recipes() else Path(name)
+    if path.suffix not in (".yaml", ".yml"):
+        raise UserError(f"no recipe '{name}'; use {', '.join(recipes())}, or a .yaml file of your own (see s2h recipes)")
+    return _read(path, Recipe)
+
+
+def _read(path: Path, kind: type) -> dict[str, Any]:
+    """Settings of a YAML file, checked by name and type against the fields of `kind`."""
+    try:
+        settings = yaml.safe_load(path.read_text()) or {}
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UserError(f"cannot read '{path}' ({why(error)}); give a file like those that s2h recipes prints") from error
+    if not isinstance(settings, dict):
+        raise UserError(f"'{path}' is no list of 'setting: value' lines; see s2h recipes")
+    types_of = typing.get_type_hints(kind)
+    for name, value in settings.items():
+        if name not in types_of:
+            near = difflib.get_close_matches(str(name), types_of, 3) or sorted(types_of)[:5]
+            raise UserError(f"'{path}': no setting '{name}'; did you mean {', '.join(near)}?")
+        settings[name] = _fitted(value, types_of[name], f"'{path}': {name}")
+    return settings
+
+
+def _fitted(value: Any, kind: Any, what: str) -> Any:
+    """The value as the annotated type; whole numbers pass for fractions, and YAML's `1e-3`, which it reads as text."""
+    kinds = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
+    if float in kinds and (isinstance(value, (int, str)) and not isinstance(value, bool)):
+        try:
+            return float(value)
+        except ValueError:
+            pass
+    plain = tuple(typing.get_origin(k) or k for k in kinds)
+    if not isinstance(value, plain) or (isinstance(value, bool) and bool not in plain):
+        names = " or ".join("nothing" if k is type(None) else k.__name__ for k in plain)
+        raise UserError(f"{what} is {value!r}; it must be of type {names}")
+    return value

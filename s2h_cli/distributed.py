@@ -1,0 +1,69 @@
+"""Many processes on one job: torchrun starts them, torch.distributed joins them. In a process alone nothing here does anything."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+#: Set by torchrun: this process among all, their number, its number on this machine, and how often the job was started again.
+RANK, WORLD, LOCAL_RANK, RESTARTS = (int(os.environ.get(name, default)) for name, default in (
+    ("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0), ("TORCHELASTIC_RESTART_COUNT", 0)))
+
+
+def join(device: torch.device) -> None:
+    """Meets the other processes of the job."""
+    if WORLD > 1 and not dist.is_initialized():
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        # Under a prefix, since torchrun's store keeps the addresses of processes that died before a restart.
+        store, rank, world = next(dist.rendezvous("env://"))
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", rank=rank, world_size=world,
+                                store=dist.PrefixStore(f"s2h/{RESTARTS}", store))
+
+
+def leave() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def lost_another(error: Exception) -> bool:
+    """Whether an error is only that another process of the job has ended."""
+    return WORLD > 1 and (isinstance(error, dist.DistError) or isinstance(error, RuntimeError) and "gloo" in str(error))
+
+
+def from_first(value: Any) -> Any:
+    """The first process's value, plain data, for all."""
+    if not dist.is_initialized():
+        return value
+    values = [value]
+    dist.broadcast_object_list(values)
+    return values[0]
+
+
+def same(tensor: torch.Tensor) -> torch.Tensor:
+    """The first process's tensor, in place, for all."""
+    if dist.is_initialized():
+        dist.broadcast(tensor, 0)
+    return tensor
+
+
+def total(tensor: torch.Tensor) -> torch.Tensor:
+    """The sum over the processes, in place."""
+    if dist.is_initialized():
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def mean(tensor: torch.Tensor) -> torch.Tensor:
+    """The mean over the processes, in place."""
+    return total(tensor).div_(WORLD)
+
+
+def parallel(module: nn.Module) -> nn.Module:
+    """The module with gradients averaged over the processes as they come; batch-norm statistics stay each process's own."""
+    return DistributedDataParallel(module, broadcast_buffers=False) if dist.is_initialized() else module

@@ -1,0 +1,88 @@
+"""TensorBoard curves, and `widths.csv`: the width of each group after each epoch."""
+
+from __future__ import annotations
+
+import csv
+import importlib.util
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.tensorboard import SummaryWriter
+
+from ..config import Config
+from ..errors import UserError
+from ..files import writing
+
+LOGS = ("wandb",)
+
+
+class Curves:
+    """A watcher that writes TensorBoard's files into `tensorboard/` of the run. Use as a context manager around the training.
+
+    Args:
+        folder: of the run.
+        method: its `plan`, `expected_widths` and `gates_now` are drawn, where it has them.
+        steps: an epoch.
+        done: epochs of earlier sessions; what they wrote stays, what was written of an epoch that did not end goes.
+    """
+
+    def __init__(self, folder: Path, method: Any, steps: int, done: int = 0):
+        self.folder, self.method, self.steps, self.done = folder, method, steps, done
+        self.widths: list[list[float]] = []
+        path = folder / "widths.csv"
+        if done and path.exists():
+            with open(path, newline="") as file:
+                self.widths = [[float(share) for share in row[1:]] for row in list(csv.reader(file))[1:done + 1]]
+
+    def __enter__(self) -> "Curves":
+        self.writer = SummaryWriter(str(self.folder / "tensorboard"), purge_step=self.done * self.steps + 1 if self.done else None)
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.writer.close()
+
+    def step(self, epoch: int, step: int, facts: dict[str, float]) -> None:
+        for name, value in facts.items():
+            kind = "train" if name in ("ratio", "images_per_second") else "loss"
+            self.writer.add_scalar(f"{kind}/{name}", value, epoch * self.steps + step)
+
+    def epoch(self, row: dict[str, Any], seconds: float) -> None:
+        at = row["epoch"] * self.steps
+        for name, value in row.items():
+            if name.startswith("top1_"):
+                self.writer.add_scalar(f"top1/{name.removeprefix('top1_')}", value, at)
+        if "top1_soft" in row:
+            self.writer.add_scalar("top1/soft minus hard", row["top1_soft"] - row["top1_hard"], at)
+        self.writer.add_scalar("train/lr", row["lr"], at)
+        self.writer.add_scalar("train/seconds an epoch", seconds, at)
+        groups = self.method.plan.space.groups
+        shares = self.method.expected_widths() / np.array([group.size for group in groups])
+        self.widths.append(shares.tolist())
+        self.writer.add_histogram("gates", self.method.gates_now().float().cpu(), at)
+        # One row a group, in the order of the network, one column an epoch; white is whole.
+        image = torch.tensor(self.widths, dtype=torch.float32).T[None]
+        self.writer.add_image("width of each group over the epochs", image.repeat_interleave(8, 1).repeat_interleave(8, 2), at)
+        self.writer.flush()
+        with writing(self.folder) as aside, open(aside / "widths.csv", "w", newline="") as file:
+            table = csv.writer(file)
+            table.writerow(["epoch", *(group.name for group in groups)])
+            table.writerows([i, *(f"{share:.4f}" for share in row)] for i, row in enumerate(self.widths, 1))
+
+
+def check_log(name: str | None) -> None:
+    """Raises UserError for a `--log` that is unknown or whose package is missing."""
+    if name is not None and name not in LOGS:
+        raise UserError(f"no --log {name}; choose from {', '.join(LOGS)}")
+    if name is not None and importlib.util.find_spec(name) is None:
+        raise UserError(f"--log {name} needs its package; install it with: pip install {name}")
+
+
+def start_log(config: Config, folder: Path) -> None:
+    """Sends what TensorBoard gets to where `--log` says, too."""
+    if config.log == "wandb":
+        import wandb
+
+        wandb.init(project="s2h", name=folder.name, dir=str(folder), config=asdict(config), sync_tensorboard=True)

@@ -1,0 +1,57 @@
+"""`--teacher`: a trained network of the same classes, whose logits the soft network learns beside the targets."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from . import artifacts
+from .errors import UserError
+from .source import Source, load_source
+
+WEIGHTS = (".safetensors", ".pth", ".pt", ".bin", ".tar")
+
+
+class Teacher(nn.Module):
+    """A network behind another preprocessing: takes images (N, C, H, W) as its pupil sees them, gives logits (N, classes)."""
+
+    def __init__(self, network: nn.Module, mean: list[float], std: list[float], pupil: Source):
+        super().__init__()
+        self.network = network
+        theirs, ours = [[torch.tensor(v).view(-1, 1, 1) for v in pair] for pair in ((mean, std), (pupil.mean, pupil.std))]
+        self.register_buffer("scale", ours[1] / theirs[1])
+        self.register_buffer("shift", (ours[0] - theirs[0]) / theirs[1])
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.network(images * self.scale + self.shift)
+
+
+def load_teacher(spec: str, pupil: Source, classes: list[str], device: torch.device) -> Teacher:
+    """Loads what `--teacher` names: the folder of a run, a file of weights of the pupil's own model, or a model with trained weights.
+
+    Raises:
+        UserError: it cannot be loaded, has no trained weights, or is of other classes.
+    """
+    path = Path(spec)
+    if path.is_dir():
+        data = artifacts.read_plan(path)["data"]
+        if data["classes"] != classes:
+            raise UserError(f"the teacher '{spec}' knows other classes ({', '.join(data['classes'][:5])}, ...); give one trained on these")
+        network, mean, std = artifacts.load(path), data["mean"], data["std"]
+    else:
+        if path.suffix in WEIGHTS:
+            source = load_source(pupil.spec, num_classes=len(classes), weights=path, img_size=pupil.input_size[1])
+            own = not source.new_head
+        else:
+            source = load_source(spec, img_size=pupil.input_size[1])
+            own = source.pretrained or ".py" in spec
+        if not own:
+            raise UserError(f"the teacher '{spec}' has no trained weights for these classes; give a file of weights, or a run's folder")
+        network, mean, std = source.module, source.mean, source.std
+    with torch.no_grad():
+        found = network.eval()(torch.zeros(2, *pupil.input_size)).shape[-1]
+    if found != len(classes):
+        raise UserError(f"the teacher '{spec}' gives {found} classes, the data has {len(classes)}; give one trained on this data")
+    return Teacher(network, mean, std, pupil).eval().requires_grad_(False).to(device)

@@ -1,0 +1,110 @@
+"""A recipe's pieces, all of them timm's: optimizer, schedule, mixing of images, loss, moving average."""
+
+from __future__ import annotations
+
+import difflib
+import math
+from typing import Callable
+
+import torch
+from timm.data import Mixup
+from timm.data.auto_augment import auto_augment_transform, rand_augment_transform
+from timm.loss import SoftTargetCrossEntropy
+from timm.optim import create_optimizer_v2, list_optimizers
+from timm.scheduler import create_scheduler_v2
+from timm.scheduler.scheduler import Scheduler
+from timm.utils import ModelEmaV3
+from torch import nn
+
+from ..config import Recipe
+from ..errors import UserError, why
+
+#: The schedules of timm that move step by step.
+SCHEDULES = ("cosine", "tanh", "poly", "step", "multistep")
+AMP_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def check(recipe: Recipe) -> None:
+    """Raises UserError for a setting that has no meaning, for an optimizer or a schedule that timm does not have."""
+    positive = {"batch_size": 64, "grad_accum_steps": 2, "lr": 0.001, "layer_decay": 0.75, "clip_grad": 1.0}
+    for name, example in positive.items():
+        value = getattr(recipe, name)
+        if value is not None and not value > 0:
+            raise UserError(f"{flag(name)} {value:g} must be positive; try {example:g}")
+    shares = {"weight_decay": 0.05, "smoothing": 0.1, "reprob": 0.25, "crop_min": 0.08, "drop": 0.1, "drop_path": 0.1, "ema": 0.9998}
+    for name, example in shares.items():
+        value = getattr(recipe, name)
+        if value is not None and not 0 <= value < 1:
+            raise UserError(f"{flag(name)} {value:g} must be at least 0 and below 1; try {example:g}")
+    if min(recipe.mixup, recipe.cutmix) < 0:
+        raise UserError("--mixup and --cutmix must not be negative; try --mixup 0.2 --cutmix 1.0, or 0 for none")
+    if (recipe.mixup or recipe.cutmix) and recipe.batch_size % 2:
+        raise UserError(f"--mixup and --cutmix mix pairs of images; make --batch-size {recipe.batch_size} even")
+    if recipe.amp_dtype not in AMP_DTYPES:
+        raise UserError(f"no --amp-dtype {recipe.amp_dtype}; choose from {', '.join(AMP_DTYPES)}")
+    if recipe.opt.lower() not in list_optimizers():
+        near = difflib.get_close_matches(recipe.opt.lower(), list_optimizers(), 3) or ["adamw", "sgd", "lamb"]
+        raise UserError(f"no optimizer {recipe.opt!r}; timm has {', '.join(near)} and others")
+    weight = nn.Parameter(torch.ones(2, 2))
+    weight.grad = torch.ones(2, 2)
+    try:
+        create_optimizer_v2([weight], opt=recipe.opt, lr=0.1).step()
+    except Exception as error:  # packages that are missing, second derivatives, a GPU: each says so in its own way
+        raise UserError(f"--opt {recipe.opt} does not work here ({why(error)}); take another, such as adamw") from error
+    if recipe.sched not in SCHEDULES:
+        raise UserError(f"no schedule {recipe.sched!r}; choose from {', '.join(SCHEDULES)}")
+    if recipe.aa:
+        try:
+            make = rand_augment_transform if recipe.aa.startswith("rand") else auto_augment_transform
+            make(recipe.aa, {"translate_const": 1})
+        except Exception as error:  # asserts and key errors of timm's parser
+            raise UserError(f"--aa {recipe.aa} is no augmentation policy of timm; try rand-m9-mstd0.5-inc1 or original") from error
+
+
+def flag(name: str) -> str:
+    """The option of a setting."""
+    return "--" + name.replace("_", "-")
+
+
+def make_optimizer(network: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
+    """The optimizer of a captured network. What a timm model says of its layers, the network says too.
+
+    Raises:
+        UserError: the layers of the model are in no order, so that their rates cannot decay.
+    """
+    if recipe.layer_decay and not hasattr(network, "group_matcher"):
+        raise UserError("--layer-decay needs a model that tells the order of its layers (group_matcher), as timm's do; leave it away")
+    return create_optimizer_v2(network, opt=recipe.opt, lr=recipe.lr, weight_decay=recipe.weight_decay, momentum=recipe.momentum,
+                               layer_decay=recipe.layer_decay)
+
+
+def make_scheduler(optimizer: torch.optim.Optimizer, recipe: Recipe, updates: int) -> Scheduler:
+    """The schedule over `updates` updates of the weights an epoch; a twentieth of the epochs warms up, a hundredth of the rate stays."""
+    warmup = recipe.epochs // 20 if recipe.warmup_epochs is None else min(recipe.warmup_epochs, recipe.epochs)
+    least = recipe.lr * 0.01 if recipe.min_lr is None else recipe.min_lr
+    scheduler, _ = create_scheduler_v2(optimizer, sched=recipe.sched, num_epochs=recipe.epochs, step_on_epochs=False,
+                                       warmup_epochs=warmup, warmup_lr=recipe.lr * 0.01, min_lr=least, updates_per_epoch=updates)
+    return scheduler
+
+
+def make_mixup(recipe: Recipe, classes: int) -> Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]] | None:
+    """Mixes images (N, C, H, W) in pairs and turns their classes (N,) into shares (N, classes); None where the recipe asks for none."""
+    if not (recipe.mixup or recipe.cutmix):
+        return None
+    return Mixup(mixup_alpha=recipe.mixup, cutmix_alpha=recipe.cutmix, label_smoothing=recipe.smoothing, num_classes=classes)
+
+
+def make_criterion(recipe: Recipe) -> nn.Module:
+    """The task's loss of logits (N, classes) and what the loader, or the mixing, gives as targets."""
+    mixes = recipe.mixup or recipe.cutmix
+    return SoftTargetCrossEntropy() if mixes else nn.CrossEntropyLoss(label_smoothing=recipe.smoothing)
+
+
+def make_ema(network: nn.Module, recipe: Recipe) -> ModelEmaV3 | None:
+    """A moving average of the weights, of a decay that grows to the recipe's; None where the recipe asks for none."""
+    return ModelEmaV3(network, decay=recipe.ema, use_warmup=True) if recipe.ema else None
+
+
+def default_lr(batch_size: int, pretrained: bool) -> float:
+    """Peak learning rate of AdamW: 0.001 from scratch, 0.0002 from trained weights, at 64 images a step, times the root of their number."""
+    return (2e-4 if pretrained else 1e-3) * math.sqrt(batch_size / 64)

@@ -1,0 +1,87 @@
+"""Settings: recipes, earlier runs and the command line, one over the other."""
+
+import dataclasses
+import shlex
+
+import pytest
+import typer.testing
+import yaml
+
+from s2h_cli import cli, config
+from s2h_cli.config import Config, Recipe, configure
+from s2h_cli.errors import UserError
+from s2h_cli.train.recipe import check
+
+GIVEN = {"model": "resnet18", "data": "digits", "flops": 0.35}
+
+
+def refusal(*args):
+    with pytest.raises(UserError) as caught:
+        configure(*args)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("name", config.recipes())
+def test_every_recipe_can_be_used(name):
+    settings = configure(GIVEN | {"seed": 3}, name)
+    check(settings)
+    assert settings.seed == 3 and settings.epochs == yaml.safe_load(config.recipes()[name])["epochs"]
+
+
+def test_what_is_given_goes_before_an_earlier_run_and_that_before_a_recipe(tmp_path):
+    earlier = configure(GIVEN | {"epochs": 7, "lr": 0.5, "output": "there"}, "vit")
+    config.write(earlier, tmp_path)
+    settings = configure({"lr": 0.25}, "cifar", tmp_path / "args.yaml")
+    assert settings == dataclasses.replace(earlier, lr=0.25, output=None)
+    assert configure(GIVEN, "cifar").opt == "sgd" and configure(GIVEN).opt == Recipe.opt
+
+
+def test_a_recipe_of_ones_own(tmp_path):
+    mine = tmp_path / "mine.yaml"
+    mine.write_text("epochs: 3\nlr: 1e-3\nclip_grad: 1\n")
+    settings = configure(GIVEN, str(mine))
+    assert (settings.epochs, settings.lr, settings.clip_grad) == (3, 0.001, 1.0)
+
+
+@pytest.mark.parametrize("text, words", [
+    ("epoch: 3", ["mine.yaml", "epoch", "epochs"]),
+    ("epochs: many", ["epochs", "'many'", "int"]),
+    ("epochs: 2.5", ["epochs", "2.5"]),
+    ("amp: 1", ["amp", "bool"]),
+    ("model: resnet18", ["model"]),
+    ("- 1", ["mine.yaml", "setting: value"]),
+    ("a: [", ["mine.yaml"]),
+])
+def test_a_recipe_with_a_mistake_says_where(tmp_path, text, words):
+    mine = tmp_path / "mine.yaml"
+    mine.write_text(text)
+    message = refusal(GIVEN, str(mine))
+    assert all(word in message for word in words), message
+
+
+def test_what_is_missing_is_said():
+    assert "no recipe 'imagnet'" in refusal(GIVEN, "imagnet") and "imagenet" in refusal(GIVEN, "imagnet")
+    assert "gone.yaml" in refusal(GIVEN, "gone.yaml")
+    assert "--flops" in refusal({"model": "resnet18", "data": "digits"})
+
+
+@pytest.mark.parametrize("change, word", [
+    ({"lr": -1.0}, "--lr -1"), ({"mixup": 0.2, "batch_size": 5}, "even"), ({"mixup": -0.2}, "--mixup"), ({"ema": 1.5}, "--ema 1.5"),
+    ({"aa": "rnd-m9"}, "--aa rnd-m9"), ({"amp_dtype": "int8"}, "bfloat16"), ({"clip_grad": 0.0}, "--clip-grad 0"),
+    ({"smoothing": float("nan")}, "--smoothing nan"),
+])
+def test_settings_without_a_meaning_are_refused(change, word):
+    with pytest.raises(UserError, match=word):
+        check(configure(GIVEN | change))
+
+
+def test_every_setting_is_an_option_and_the_command_of_a_run_gives_its_settings(monkeypatch):
+    asked = configure(GIVEN | {"mixup": 0.2, "exclude": ["a*", "b"], "pretrained": False, "amp": True, "ema": 0.99, "checkpoint_every": 5})
+    seen = {}
+    monkeypatch.setattr("s2h_cli.run.prune", lambda settings, *_, **__: seen.update(settings=settings))
+    result = typer.testing.CliRunner().invoke(cli.app, shlex.split(asked.command())[1:])
+    assert result.exit_code == 0, result.output
+    assert seen["settings"] == asked
+    options = {p.name for p in typer.main.get_command(cli.app).commands["prune"].params}
+    assert {field.name for field in dataclasses.fields(Config)} <= options

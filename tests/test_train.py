@@ -1,0 +1,190 @@
+"""The engine: one more session, one more process or one more slice of a batch changes nothing but the time."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from toy import PRUNE, s2h
+
+from s2h_cli import run
+from s2h_cli.train import checkpoint, loop
+
+RESULTS = ("model.safetensors", "plan.json", "summary.csv", "widths.csv")
+PLAIN = ["prune", "net.py:plain", *PRUNE[2:]]
+CAREFUL = ["--ema", "0.9", "--mixup", "0.2", "--aa", "rand-m5", "--clip-grad", "1", "--grad-accum-steps", "2", "--batch-size", "8"]
+
+
+def same_results(here, one, other):
+    for name in RESULTS:
+        assert (here / one / name).read_bytes() == (here / other / name).read_bytes(), name
+
+
+def weights(here, folder):
+    """All that was trained: weights and masks of the last checkpoint, and what was kept."""
+    state = checkpoint.load(here / folder / "checkpoints" / "last")["method"]
+    return {**state["network"], "u": state["masks"]["u"]}, state["keep"]
+
+
+class Killed(BaseException):
+    """Ends a run on the spot, as kill -9 would: nothing catches it."""
+
+
+@pytest.mark.parametrize("options", [[], CAREFUL], ids=["plain", "all at once"])
+@pytest.mark.parametrize("stop", [3, 4, 9])
+def test_a_run_stopped_at_any_checkpoint_and_resumed_is_the_run_that_never_stopped(here, monkeypatch, stop, options):
+    options = [*options, "--epochs", "3", "--checkpoint-every", "2"]
+    assert s2h(*PRUNE, *options, "-o", "whole") == 0
+    real, calls = checkpoint.save, []
+
+    def save(path, state):
+        real(path, state)
+        calls.append(path)
+        if len(calls) == stop:
+            raise Killed
+
+    monkeypatch.setattr(run.checkpoint, "save", save)
+    try:
+        s2h(*PRUNE, *options, "-o", "parts")
+    except Killed:
+        pass
+    assert len(calls) >= min(stop, 5)
+    monkeypatch.setattr(run.checkpoint, "save", real)
+    assert s2h(*PRUNE, *options, "-o", "parts", "--resume") == 0
+    same_results(here, "whole", "parts")
+
+
+def test_kill_9_at_any_moment_loses_nothing(here):
+    """Killed again and again at random moments, exports included, and resumed, a run ends as the undisturbed one."""
+    command = [sys.executable, "-m", "s2h_cli", *PRUNE, "--epochs", "6", "--checkpoint-every", "1"]
+    assert subprocess.run([*command, "-o", "whole"], capture_output=True).returncode == 0
+    chance, kills, code = random.Random(0), 0, None
+    while code != 0:
+        resume = ["--resume"] if (here / "parts" / "args.yaml").exists() else []
+        process = subprocess.Popen([*command, "-o", "parts", *resume], stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+        started, moment = time.time(), chance.uniform(0.5, 3.0) if kills < 3 else 300
+        # Moments are counted from when the run has something to lose.
+        while process.poll() is None and not (here / "parts" / "checkpoints" / "last").exists() and time.time() - started < 120:
+            time.sleep(0.05)
+        try:
+            code = process.wait(moment)
+            assert code == 0, process.stderr.read()
+        except subprocess.TimeoutExpired:
+            os.kill(process.pid, signal.SIGKILL)
+            process.wait()
+            kills += 1
+        last = here / "parts" / "checkpoints" / "last"
+        assert not last.exists() or checkpoint.load(last)
+    assert kills
+    same_results(here, "whole", "parts")
+
+
+def test_gradients_added_up_over_parts_of_a_batch_are_those_of_the_whole(here):
+    for name, options in {"whole": ["--batch-size", "16"], "parts": ["--batch-size", "4", "--grad-accum-steps", "4"]}.items():
+        assert s2h(*PLAIN, *options, "--epochs", "2", "--opt", "sgd", "--lr", "0.01", "-o", name) == 0
+    (whole, kept), (parts, kept_by_parts) = weights(here, "whole"), weights(here, "parts")
+    assert torch.equal(kept, kept_by_parts)
+    for name, weight in whole.items():
+        torch.testing.assert_close(parts[name], weight, rtol=0, atol=1e-6)
+
+
+def torchrun(processes, *args, **env):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), "-m", "s2h_cli", *args]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1", **env})
+
+
+@pytest.mark.parametrize("processes", [2, 4])
+def test_more_processes_train_the_same_network(here, processes):
+    options = [*PLAIN, "--epochs", "7", "--opt", "sgd", "--lr", "0.01"]  # 21 steps
+    assert s2h(*options, "-o", "alone") == 0
+    done = torchrun(processes, *options, "-o", "together")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("epoch 7/7") == 1  # only the first process speaks
+    (alone, kept), (together, kept_together) = weights(here, "alone"), weights(here, "together")
+    assert torch.equal(kept, kept_together)
+    for name, weight in alone.items():
+        torch.testing.assert_close(together[name], weight, rtol=0, atol=1e-6)
+    plans = [json.loads((here / name / "plan.json").read_text()) for name in ("alone", "together")]
+    assert plans[0]["kept_indices"] == plans[1]["kept_indices"]
+
+
+def test_a_process_that_fails_ends_the_job_in_one_line(here):
+    bad = sorted((here / "data" / "train" / "light").iterdir())[5]
+    bad.write_bytes(b"no image")
+    done = torchrun(2, *PRUNE, "--epochs", "2", "-o", "out")
+    assert done.returncode != 0
+    lines = [line for line in done.stderr.splitlines() if line.startswith("error:")]
+    assert len(lines) == 1 and str(bad.relative_to(here)) in lines[0]
+    assert "Traceback" not in done.stderr.partition("ChildFailedError")[0].rpartition("error:")[0]
+
+
+def test_a_job_that_torchrun_starts_again_goes_on(here):
+    """The first start dies after two epochs; the second goes on with them."""
+    (here / "net.py").write_text((here / "net.py").read_text() + """
+import os
+from s2h_cli.train import checkpoint
+real = checkpoint.save
+def save(path, state):
+    real(path, state)
+    if len(state["rows"]) == 2 and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+        os._exit(9)
+checkpoint.save = save
+""")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--max-restarts", "1", "-m", "s2h_cli",
+               *PRUNE, "--epochs", "4"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert [done.stdout.count(f"epoch {i}/4") for i in (1, 2, 3, 4)] == [1, 1, 1, 1]
+    assert [p.name for p in (here / "runs").iterdir()] == ["net-f0.4"]
+
+
+def test_averaged_weights_are_exported_where_they_are_better(here, monkeypatch):
+    """The hard network's accuracy is said to be the worse one; the result then holds the averaged weights."""
+    real = loop.Training.evaluate
+    monkeypatch.setattr(loop.Training, "evaluate", lambda *args: {**real(*args), "top1_ema": 100.0, "top1_hard": 10.0})
+    assert s2h(*PLAIN, "--epochs", "3", "--ema", "0.9", "-o", "out") == 0
+    state = checkpoint.load(here / "out" / "checkpoints" / "last")
+    small = load_file(here / "out" / "model.safetensors")
+    kept = {shape for shape in small["stem.weight"].flatten(1).sum(1).tolist()}
+    averaged = state["ema"]["stem.weight"].flatten(1).sum(1).tolist()
+    own = state["method"]["network"]["stem.weight"].flatten(1).sum(1).tolist()
+    assert kept <= set(averaged) and not kept <= set(own)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_mixed_precision_trains(here, dtype):
+    assert s2h(*PRUNE, "--epochs", "15", "--amp", "--amp-dtype", dtype, "--channels-last", "-o", "out") == 0
+    assert run.evaluate(here / "out", "data", batch_size=16, workers=0, val_fraction=0.1, seed=0)[0] > 80
+
+
+def test_a_teacher_is_learnt_from(here, capsys):
+    assert s2h(*PRUNE, "--epochs", "4", "-o", "first") == 0
+    for teacher in ("first", "trained.pth"):
+        torch.save(checkpoint.load(here / "first" / "checkpoints" / "last")["method"]["network"], here / "trained.pth")
+        assert s2h(*PRUNE, "--epochs", "1", "--teacher", teacher, "-o", f"by-{teacher}") == 0
+    assert s2h(*PRUNE, "--epochs", "1", "-o", "alone") == 0
+    assert not torch.equal(weights(here, "by-first")[0]["stem.weight"], weights(here, "alone")[0]["stem.weight"])
+    for teacher, word in (("net.py:wide", "3 classes"), ("nowhere.pth", "nowhere.pth"), ("resnett", "no model 'resnett'")):
+        assert s2h(*PRUNE, "--teacher", teacher, "--dry-run") == 2
+        assert word in capsys.readouterr().err
+
+
+def test_curves_are_drawn_and_go_on_where_they_stopped(here):
+    assert s2h(*PRUNE, "--epochs", "4", "-o", "out") == 0
+    events = EventAccumulator(str(here / "out" / "tensorboard"))
+    events.Reload()
+    assert {"top1/soft", "top1/hard", "train/lr"} <= set(events.Tags()["scalars"])
+    assert [e.step for e in events.Scalars("top1/hard")] == [3, 6, 9, 12]
+    assert events.Tags()["images"] and events.Tags()["histograms"]
+    table = Path(here / "out" / "widths.csv").read_text().splitlines()
+    groups = json.loads((here / "out" / "plan.json").read_text())["groups"]
+    assert table[0].split(",")[1:] == [g["name"] for g in groups] and len(table) == 5
+    assert [float(x) for x in table[-1].split(",")[1:]] == pytest.approx([g["kept"] / g["size"] for g in groups], abs=1e-4)
