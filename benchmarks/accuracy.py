@@ -29,7 +29,7 @@ class Plain:
     """A network by itself, behind the interface of methods."""
 
     def __init__(self, network: fx.GraphModule, plan: Plan):
-        self.network, self.plan = network, plan
+        self.network, self.plan, self.parts = network, plan, {"": self}
 
     def start_step(self, progress: float) -> None: ...
 

@@ -342,9 +342,10 @@ def read_plan(path: str | os.PathLike) -> dict[str, Any]:
     folder = Path(path)
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder; give the folder of a finished run")
+    parts = sorted(str(file.parent) for file in folder.glob(f"f*/{PLAN}"))  # of a run with several budgets
     for name in (PLAN, WEIGHTS):
         if not (folder / name).is_file():
-            raise UserError(f"{folder}: no {name} in it; give the folder of a finished run")
+            raise UserError(f"{folder}: no {name} in it; give " + (f"one of its results: {', '.join(parts)}" if parts else "the folder of a finished run"))
     try:
         plan = json.loads((folder / PLAN).read_text(encoding="utf-8"))
     except ValueError as error:

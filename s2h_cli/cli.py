@@ -38,7 +38,8 @@ def prune(
     ctx: typer.Context,
     model: Annotated[Optional[str], MODEL] = None,
     data: Annotated[Optional[str], DATA] = None,
-    flops: Annotated[Optional[float], setting(f"Share of the whole network's MACs that remains, at the training resolution: {CONVENTION}.")] = None,
+    flops: Annotated[Optional[str], setting(f"Share of the whole network's MACs that remains, at the training resolution: {CONVENTION}. Several, such as "
+                                            "0.15,0.35, give a result each from one run.")] = None,
     output: Annotated[Optional[str], setting("Result folder. [default: runs/MODEL-fSHARE, numbered]", "-o", "--output")] = None,
     recipe: Annotated[Optional[str], setting("Settings by name, or from a .yaml file; options given here go before. See s2h recipes.")] = None,
     config: Annotated[Optional[Path], setting("Settings of an earlier run: its args.yaml.", metavar="FILE")] = None,
@@ -91,12 +92,14 @@ def prune(
     settings = {option.name for option in fields(Config)}
     given = {name: value for name, value in ctx.params.items() if name in settings and value not in (None, [], ())}
     console = tables.console(quiet=distributed_rank() > 0)
-    result = run.prune(configure(given, recipe, config), console, resume=resume, dry_run=dry_run)
-    if result:
+    results = run.prune(configure(given, recipe, config), console, resume=resume, dry_run=dry_run)
+    for result in results:
         console.print(tables.closing(result))
-        if result["failed"]:
-            fail("; ".join(result["failed"]))
-        console.print(f"Next:\n  s2h inspect {result['folder']}\n  s2h export {result['folder']} --format onnx", soft_wrap=True)
+    if any(result["failed"] for result in results):
+        fail("; ".join(text for result in results for text in result["failed"]))
+    if results:
+        folder = results[0]["folder"]
+        console.print(f"Next:\n  s2h inspect {folder}\n  s2h export {folder} --format onnx", soft_wrap=True)
 
 
 @app.command(epilog="Example: s2h inspect resnet50")

@@ -56,7 +56,7 @@ class Config(Recipe):
 
     model: str
     data: str
-    flops: float
+    flops: float | list[float]  #: budget, or several
     output: str | None = None
     pretrained: bool = True
     weights: str | None = None
@@ -72,6 +72,15 @@ class Config(Recipe):
     checkpoint_every: int | None = None  #: steps between two checkpoints inside an epoch
     log: str | None = None
 
+    @property
+    def budgets(self) -> list[float]:
+        return self.flops if isinstance(self.flops, list) else [self.flops]
+
+    @property
+    def target(self) -> str:
+        """The budgets as `--flops` takes them."""
+        return ",".join(f"{budget:g}" for budget in self.budgets)
+
     def command(self, *extra: str) -> str:
         """The command line that asks for this run."""
         words = ["s2h", "prune", self.model]
@@ -80,6 +89,8 @@ class Config(Recipe):
             flag = "--" + option.name.replace("_", "-")
             if option.name == "model" or value == option.default or value is None:
                 continue
+            if option.name == "flops":
+                value = self.target
             if isinstance(value, bool):
                 words.append(flag if value else "--no-" + flag[2:])
             else:
@@ -103,7 +114,20 @@ def configure(given: dict[str, Any], recipe: str | None = None, file: Path | Non
     for name, example in (("model", "resnet50"), ("data", "--data ./imagenet"), ("flops", "--flops 0.35")):
         if name not in settings:
             raise UserError(f"no {name} is given; name it, such as {example}, or a --config FILE that has it")
+    if isinstance(settings["flops"], str):
+        settings["flops"] = _budgets(settings["flops"])
     return Config(**settings)
+
+
+def _budgets(text: str) -> float | list[float]:
+    """`0.35`, or `0.15,0.35` for several."""
+    try:
+        budgets = [float(part) for part in text.split(",")]
+    except ValueError:
+        raise UserError(f"--flops {text} is no share of the MACs; give a number such as 0.35, or several such as 0.15,0.35") from None
+    if len({f"{budget:g}" for budget in budgets}) < len(budgets):
+        raise UserError(f"--flops {text} names a budget twice; give different ones")
+    return budgets if len(budgets) > 1 else budgets[0]
 
 
 def write(config: Config, folder: Path) -> None:
@@ -170,6 +194,8 @@ def _read(path: Path, kind: type) -> dict[str, Any]:
 def _fitted(value: Any, kind: Any, what: str) -> Any:
     """The value as the annotated type; whole numbers pass for fractions, and YAML's `1e-3`, which it reads as text."""
     kinds = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
+    if list[float] in kinds and isinstance(value, list):
+        return [_fitted(item, float, what) for item in value]
     if float in kinds and (isinstance(value, (int, str)) and not isinstance(value, bool)):
         try:
             return float(value)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import itertools
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, Iterator
 
@@ -20,6 +20,7 @@ from .files import writing
 from .graph import capture, to_device
 from .masks import check_reachable
 from .methods import METHODS
+from .methods.several import Several
 from .plan import Plan, Space
 from .report.curves import Curves, check_log, start_log
 from .report.facts import describe
@@ -37,17 +38,19 @@ IMG_SIZE = {"digits": 32}
 DEFAULT_EPOCHS = 100
 
 
-def prune(config: Config, console: Console, *, resume: bool = False, dry_run: bool = False) -> dict[str, Any] | None:
+def prune(config: Config, console: Console, *, resume: bool = False, dry_run: bool = False) -> list[dict[str, Any]]:
     """Compresses a model and writes the result; see `docs/commands.md` for what a run writes.
 
     Returns:
-        What the closing table shows: {folder, facts, top1, bytes, differences, checked, failed}; None for a dry run.
+        For each budget what the closing table shows: {folder, facts, top1, bytes, differences, checked, failed}; nothing for a dry run, or
+        where another process of the job writes.
 
     Raises:
         UserError: whatever the user can mend.
     """
-    if not 0 < config.flops < 1:
-        raise UserError(f"--flops {config.flops:g} is no share of the MACs; give a number between 0 and 1, such as 0.35")
+    for budget in config.budgets:
+        if not 0 < budget < 1:
+            raise UserError(f"--flops {budget:g} is no share of the MACs; give a number between 0 and 1, such as 0.35")
     check(config)
     check_log(config.log)
     if config.batch_size % distributed.WORLD:
@@ -76,7 +79,8 @@ def prune(config: Config, console: Console, *, resume: bool = False, dry_run: bo
     if config.channels_last:
         network = network.to(memory_format=torch.channels_last)
     space = Space(network, tuple(config.exclude), config.divisor, config.prune_head_dim)
-    check_reachable(space, config.flops)
+    for budget in config.budgets:
+        check_reachable(space, budget)
     classes = splits.class_names
     teacher = load_teacher(config.teacher, source, classes, device) if config.teacher else None
     for note in [*source.notes, *splits.notes, *captured.notes]:
@@ -84,7 +88,7 @@ def prune(config: Config, console: Console, *, resume: bool = False, dry_run: bo
     console.print(f"{source.name} on {config.data}: {len(splits.train)} training and {len(splits.val)} validation images, "
                   f"{len(classes)} classes, input {'x'.join(map(str, source.input_size))}, {device}"
                   + (f", {distributed.WORLD} processes" if distributed.WORLD > 1 else ""), soft_wrap=True)
-    console.print(f"{len(space.groups)} groups, {space.size} prunable channels and heads; target {config.flops:g} of "
+    console.print(f"{len(space.groups)} groups, {space.size} prunable channels and heads; target {config.target} of "
                   f"{space.full_macs / 1e6:.1f} M MACs, smallest reachable {space.min_ratio:.4f}", soft_wrap=True)
 
     preprocessing = dict(input_size=source.input_size, mean=source.mean, std=source.std, interpolation=source.interpolation,
@@ -93,12 +97,13 @@ def prune(config: Config, console: Console, *, resume: bool = False, dry_run: bo
                    rank=distributed.RANK, world=distributed.WORLD)
     train = data.make_loader(splits.train, train=True, **loading)
     val = data.make_loader(splits.val, train=False, **loading)
-    method = METHODS["s2h" if config.epochs else "oneshot"](network, space, config.flops)
+    kind = METHODS["s2h" if config.epochs else "oneshot"]
+    method = kind(network, space, config.flops) if len(config.budgets) == 1 else Several(kind, network, space, config.budgets)
     if dry_run:
         if config.epochs:
             try_step(method, train, config, len(classes), teacher)
         console.print(f"dry run: the budget can be met, a step works, nothing was written. To train:\n  {config.command()}", soft_wrap=True)
-        return None
+        return []
 
     leads = distributed.RANK == 0  # of several processes the first alone writes
     if leads and not resume:
@@ -116,14 +121,23 @@ def prune(config: Config, console: Console, *, resume: bool = False, dry_run: bo
                 rows = fit(method, train, val, config, watcher, classes=len(classes), teacher=teacher, state=state, save=save,
                            save_every=config.checkpoint_every)
         else:
-            rows = [{"epoch": 0, "ratio": method.plan.ratio, **loop.evaluate(method.networks(), first_batches(train), val, device)}]
+            networks = {name + ending: network for ending, part in method.parts.items() for name, network in part.networks().items()}
+            rows = [{"epoch": 0, **loop.ratios(method), **loop.evaluate(networks, first_batches(train), val, device)}]
             if leads:
                 write_summary(folder / "summary.csv", rows)
         distributed.leave()
         if not leads:
-            return None
+            return []
         val = data.make_loader(splits.val, train=False, **loading | {"rank": 0, "world": 1})
-        return finish(config, folder, method, splits, val, rows[-1], preprocessing, console)
+        bad = [name for split in (splits.train, splits.val) for name in data.bad_images(split)]
+        if bad:
+            console.print(f"note: {len(bad)} unreadable images were left out, the first is '{bad[0]}'", soft_wrap=True)
+        results = []
+        for budget, (ending, part) in zip(config.budgets, method.parts.items()):
+            accuracy = {name.removeprefix("top1_").removesuffix(ending): value for name, value in rows[-1].items()
+                        if name.startswith("top1_") and name.endswith(ending)}
+            results.append(finish(config.model, budget, folder_of(folder, ending), part, splits.class_names, val, accuracy, preprocessing, console))
+        return results
     except KeyboardInterrupt:
         kept = "the last checkpoint is kept" if last.exists() else "no epoch was finished"
         raise UserError(f"stopped; {kept}, go on with: {config.command('--resume')}") from None
@@ -136,22 +150,29 @@ def watching(config: Config, folder: Path, method: Any, steps: int, done: int, c
         yield Watchers([])
         return
     start_log(config, folder)
-    with TrainingDisplay(console, config.epochs, steps, config.flops, done) as display, Curves(folder, method, steps, done) as curves:
-        yield Watchers([display, curves])
+    with ExitStack() as stack:
+        display = stack.enter_context(TrainingDisplay(console, config.epochs, steps, config.target, done))
+        curves = [stack.enter_context(Curves(folder_of(folder, ending), part, steps, done, ending)) for ending, part in method.parts.items()]
+        yield Watchers([display, *curves])
 
 
-def finish(config: Config, folder: Path, method: Any, splits: data.Splits, val: Any, row: dict[str, Any], preprocessing: dict,
-           console: Console) -> dict[str, Any]:
-    """Writes and verifies every artifact of a trained method."""
-    small = to_device(method.result(), "cpu").eval()
+def folder_of(folder: Path, ending: str) -> Path:
+    """Where the result of a part of a method goes: the run's folder, or one in it for each of several budgets."""
+    return folder / f"f{ending[1:]}" if ending else folder
+
+
+def finish(model: str, budget: float, folder: Path, part: Any, classes: list[str], val: Any, accuracy: dict[str, float],
+           preprocessing: dict[str, Any], console: Console) -> dict[str, Any]:
+    """Writes and verifies every artifact of a trained part of a method; `accuracy` is of its networks, in percent."""
+    small = to_device(part.result(), "cpu").eval()
     input_size = preprocessing["input_size"]
-    facts = describe(method.plan, config.model, input_size, config.flops)
+    facts = describe(part.plan, model, input_size, budget)
     counted = sum(count_macs(small, input_size).values())
-    if counted != facts["macs"]["pruned"] or facts["macs"]["ratio"] > config.flops:
+    if counted != facts["macs"]["pruned"] or facts["macs"]["ratio"] > budget:
         raise RuntimeError(f"the plan says {facts['macs']}, fvcore counts {counted}: please report this")
-    metadata = {**preprocessing, "classes": splits.class_names}
+    metadata = {**preprocessing, "classes": classes}
     with console.status("writing and checking artifacts"):
-        artifacts.save(folder, small, {**facts, "kept_indices": method.plan.by_group(), "data": metadata})
+        artifacts.save(folder, small, {**facts, "kept_indices": part.plan.by_group(), "data": metadata})
         failed, program = [], artifacts.Program(small)
         for name in artifacts.EXPORTS:  # one format that fails must not cost the others
             try:
@@ -162,13 +183,9 @@ def finish(config: Config, folder: Path, method: Any, splits: data.Splits, val: 
         # Accuracy is measured on the format that shares least code with us, of those that were written.
         checked = next((name for name in ("model.onnx", "model.ts", "model.pt2") if name in differences), "")
         exported = top1(artifacts.run_artifact(folder / checked), val, "cpu")
-    before = sum(t.numel() * t.element_size() for t in method.network.state_dict().values())
-    bad = [name for split in (splits.train, splits.val) for name in data.bad_images(split)]
-    if bad:
-        console.print(f"note: {len(bad)} unreadable images were left out, the first is '{bad[0]}'", soft_wrap=True)
-    return {"folder": folder, "facts": facts, "differences": differences, "failed": failed,
-            "top1": {**{name.removeprefix("top1_"): value for name, value in row.items() if name.startswith("top1_")}, "exported": exported}, "checked": checked,
-            "bytes": [before, (folder / "model.safetensors").stat().st_size]}
+    before = sum(t.numel() * t.element_size() for t in part.network.state_dict().values())
+    return {"folder": folder, "facts": facts, "differences": differences, "failed": failed, "top1": {**accuracy, "exported": exported},
+            "checked": checked, "bytes": [before, (folder / "model.safetensors").stat().st_size]}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -277,7 +294,7 @@ def taken(config: Config) -> Path | None:
 
 
 def default_folder(config: Config, number: int) -> Path:
-    stem = f"{short_name(config.model)}-f{config.flops:g}"
+    stem = f"{short_name(config.model)}-f{config.target.replace(',', '-')}"
     return Path("runs") / (stem if number == 1 else f"{stem}-{number}")
 
 

@@ -9,11 +9,9 @@ import subprocess
 import sys
 import time
 
-import numpy as np
 import pytest
 import torch
 import yaml
-from PIL import Image
 
 import s2h_cli
 from toy import PRUNE, s2h

@@ -76,10 +76,11 @@ def test_settings_without_a_meaning_are_refused(change, word):
         check(configure(GIVEN | change))
 
 
-def test_every_setting_is_an_option_and_the_command_of_a_run_gives_its_settings(monkeypatch):
-    asked = configure(GIVEN | {"mixup": 0.2, "exclude": ["a*", "b"], "pretrained": False, "amp": True, "ema": 0.99, "checkpoint_every": 5})
+@pytest.mark.parametrize("budget", ["0.35", "0.15,0.35"])
+def test_every_setting_is_an_option_and_the_command_of_a_run_gives_its_settings(monkeypatch, budget):
+    asked = configure(GIVEN | {"flops": budget, "mixup": 0.2, "exclude": ["a*", "b"], "pretrained": False, "amp": True, "ema": 0.99, "checkpoint_every": 5})
     seen = {}
-    monkeypatch.setattr("s2h_cli.run.prune", lambda settings, *_, **__: seen.update(settings=settings))
+    monkeypatch.setattr("s2h_cli.run.prune", lambda settings, *_, **__: seen.update(settings=settings) or [])
     result = typer.testing.CliRunner().invoke(cli.app, shlex.split(asked.command())[1:])
     assert result.exit_code == 0, result.output
     assert seen["settings"] == asked

@@ -278,6 +278,7 @@ def test_going_on_from_a_saved_state_is_going_on(method, batch):
     state = torch.load(_saved(method), weights_only=True)
     model = {"Small": Small, "Computed": Computed}[type(method.network).__name__]()
     other = in_float64(S2H(capture(model, (3, 8, 8)).network.double(), method.space, target=0.4))
+    other.network.load_state_dict(method.network.state_dict())
     other.load_state_dict(state)
     for m in (method, other):
         m.network.train()

@@ -23,15 +23,15 @@ PLAIN = ["prune", "net.py:plain", *PRUNE[2:]]
 CAREFUL = ["--ema", "0.9", "--mixup", "0.2", "--aa", "rand-m5", "--clip-grad", "1", "--grad-accum-steps", "2", "--batch-size", "8"]
 
 
-def same_results(here, one, other):
-    for name in RESULTS:
+def same_results(here, one, other, files=RESULTS):
+    for name in files:
         assert (here / one / name).read_bytes() == (here / other / name).read_bytes(), name
 
 
 def weights(here, folder):
     """All that was trained: weights and masks of the last checkpoint, and what was kept."""
-    state = checkpoint.load(here / folder / "checkpoints" / "last")["method"]
-    return {**state["network"], "u": state["masks"]["u"]}, state["keep"]
+    state = checkpoint.load(here / folder / "checkpoints" / "last")
+    return {**state["network"], "u": state["method"]["masks"]["u"]}, state["method"]["keep"]
 
 
 class Killed(BaseException):
@@ -155,7 +155,7 @@ def test_averaged_weights_are_exported_where_they_are_better(here, monkeypatch):
     small = load_file(here / "out" / "model.safetensors")
     kept = {shape for shape in small["stem.weight"].flatten(1).sum(1).tolist()}
     averaged = state["ema"]["stem.weight"].flatten(1).sum(1).tolist()
-    own = state["method"]["network"]["stem.weight"].flatten(1).sum(1).tolist()
+    own = state["network"]["stem.weight"].flatten(1).sum(1).tolist()
     assert kept <= set(averaged) and not kept <= set(own)
 
 
@@ -168,7 +168,7 @@ def test_mixed_precision_trains(here, dtype):
 def test_a_teacher_is_learnt_from(here, capsys):
     assert s2h(*PRUNE, "--epochs", "4", "-o", "first") == 0
     for teacher in ("first", "trained.pth"):
-        torch.save(checkpoint.load(here / "first" / "checkpoints" / "last")["method"]["network"], here / "trained.pth")
+        torch.save(checkpoint.load(here / "first" / "checkpoints" / "last")["network"], here / "trained.pth")
         assert s2h(*PRUNE, "--epochs", "1", "--teacher", teacher, "-o", f"by-{teacher}") == 0
     assert s2h(*PRUNE, "--epochs", "1", "-o", "alone") == 0
     assert not torch.equal(weights(here, "by-first")[0]["stem.weight"], weights(here, "alone")[0]["stem.weight"])
@@ -188,3 +188,35 @@ def test_curves_are_drawn_and_go_on_where_they_stopped(here):
     groups = json.loads((here / "out" / "plan.json").read_text())["groups"]
     assert table[0].split(",")[1:] == [g["name"] for g in groups] and len(table) == 5
     assert [float(x) for x in table[-1].split(",")[1:]] == pytest.approx([g["kept"] / g["size"] for g in groups], abs=1e-4)
+
+
+def test_several_budgets_from_one_run(here, capsys, monkeypatch):
+    """Each result is within its budget and of its own channels, the network they were cut from is one, and resuming leaves no trace."""
+    several = [*PRUNE, "--flops", "0.2,0.4,0.6", "--epochs", "4", "--ema", "0.9"]
+    assert s2h(*several, "-o", "whole") == 0
+    plans = {name: json.loads((here / "whole" / f"f{name}" / "plan.json").read_text()) for name in ("0.2", "0.4", "0.6")}
+    for name, plan in plans.items():
+        assert plan["macs"]["ratio"] <= float(name)
+        assert (here / "whole" / f"f{name}" / "model.onnx").exists() and (here / "whole" / f"f{name}" / "widths.csv").exists()
+    assert plans["0.2"]["macs"]["pruned"] < plans["0.4"]["macs"]["pruned"] < plans["0.6"]["macs"]["pruned"]
+    header, *rows = (here / "whole" / "summary.csv").read_text().splitlines()
+    assert {"ratio_0.2", "top1_hard_0.4", "top1_ema_0.6"} <= set(header.split(",")) and len(rows) == 4
+
+    real = checkpoint.save
+
+    def stops(path, state):
+        real(path, state)
+        if len(state["rows"]) == 1:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(run.checkpoint, "save", stops)
+    assert s2h(*several, "-o", "parts") == 2
+    assert "--flops 0.2,0.4,0.6" in capsys.readouterr().err
+    monkeypatch.setattr(run.checkpoint, "save", real)
+    assert s2h(*several, "-o", "parts", "--resume") == 0
+    for name in plans:
+        same_results(here, f"whole/f{name}", f"parts/f{name}", [file for file in RESULTS if file != "summary.csv"])
+    assert s2h("inspect", "whole/f0.4") == 0
+    assert s2h("inspect", "whole") == 2 and "whole/f0.2" in capsys.readouterr().err
+    assert s2h(*PRUNE, "--flops", "0.2,0.2") == 2 and "twice" in capsys.readouterr().err
+    assert s2h(*PRUNE, "--flops", "0.2,2") == 2 and "--flops 2 " in capsys.readouterr().err

@@ -7,13 +7,17 @@ The training loop knows nothing of a method. It uses:
     method.terms(images, targets, criterion)           {name: term of the loss} of a batch
     method.backward(terms)                             accumulates their gradients
     method.optimizers()                                of parameters of its own, beside the network's, as long as they train
-    method.expected_widths(), method.gates_now()       arrays (groups,) and (atoms,) to draw
-    method.networks()                                  {name: module} to evaluate; "hard" is the small one
-    method.plan                                        the plan that the hard network follows now
-    method.result()                                    the small network with weights of its own
-    method.state_dict(), method.load_state_dict(state) for checkpoints
+    method.state_dict(), method.load_state_dict(state) for checkpoints: all but the network
+    method.parts                                       {ending of its columns: part}, one for each budget: {"": method} for one
 
-A method without training has `network`, `networks`, `plan` and `result` alone.
+and of each part:
+
+    part.networks()                                    {name: module} to evaluate; "hard" is the small one
+    part.plan                                          the plan that the hard network follows now
+    part.result()                                      the small network with weights of its own
+    part.expected_widths(), part.gates_now()           arrays (groups,) and (atoms,) to draw
+
+A method without training has `network` and `parts` alone, and its parts no widths and gates to draw.
 """
 
 from .oneshot import OneShot

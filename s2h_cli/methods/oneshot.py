@@ -15,6 +15,7 @@ class OneShot:
 
     def __init__(self, network: fx.GraphModule, space: Space, target: float):
         self.network = network
+        self.parts = {"": self}
         importance = Importance(space, dict(network.named_parameters()))().cpu().numpy()
         value = []
         for group in space.groups:

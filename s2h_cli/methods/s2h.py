@@ -46,6 +46,7 @@ class S2H:
 
     def __init__(self, network: fx.GraphModule, space: Space, target: float, settings: Settings = Settings()):
         self.network = network
+        self.parts = {"": self}
         self.soft = insert_gates(network, space)
         self.space = space
         self.target = target
@@ -131,13 +132,12 @@ class S2H:
         return small
 
     def state_dict(self) -> dict:
-        """All that a later `load_state_dict` needs to go on bit for bit: tensors and plain data."""
-        return {"network": self.network.state_dict(), "masks": self.masks.state_dict(), "gates": self.gates,
+        """All that a later `load_state_dict` needs, beside the network, to go on bit for bit: tensors and plain data."""
+        return {"masks": self.masks.state_dict(), "gates": self.gates,
                 "mask_optimizer": self.mask_optimizer.state_dict(), "frozen": self.frozen,
                 "ranks": self.ranks, "keep": torch.from_numpy(self.plan.keep), "hard_buffers": dict(self.hard.named_buffers())}
 
     def load_state_dict(self, state: dict) -> None:
-        self.network.load_state_dict(state["network"])
         self.masks.load_state_dict(state["masks"])
         self.mask_optimizer.load_state_dict(state["mask_optimizer"])
         self.frozen = state["frozen"]

@@ -24,13 +24,14 @@ class Curves:
 
     Args:
         folder: of the run.
-        method: its `plan`, `expected_widths` and `gates_now` are drawn, where it has them.
+        part: of a method, see `s2h_cli.methods`.
         steps: an epoch.
         done: epochs of earlier sessions; what they wrote stays, what was written of an epoch that did not end goes.
+        ending: of the columns that are this part's.
     """
 
-    def __init__(self, folder: Path, method: Any, steps: int, done: int = 0):
-        self.folder, self.method, self.steps, self.done = folder, method, steps, done
+    def __init__(self, folder: Path, part: Any, steps: int, done: int = 0, ending: str = ""):
+        self.folder, self.part, self.steps, self.done, self.ending = folder, part, steps, done, ending
         self.widths: list[list[float]] = []
         path = folder / "widths.csv"
         if done and path.exists():
@@ -46,22 +47,21 @@ class Curves:
 
     def step(self, epoch: int, step: int, facts: dict[str, float]) -> None:
         for name, value in facts.items():
-            kind = "train" if name in ("ratio", "images_per_second") else "loss"
+            kind = "train" if name == "images_per_second" or "ratio" in name else "loss"
             self.writer.add_scalar(f"{kind}/{name}", value, epoch * self.steps + step)
 
     def epoch(self, row: dict[str, Any], seconds: float) -> None:
         at = row["epoch"] * self.steps
         for name, value in row.items():
-            if name.startswith("top1_"):
-                self.writer.add_scalar(f"top1/{name.removeprefix('top1_')}", value, at)
-        if "top1_soft" in row:
-            self.writer.add_scalar("top1/soft minus hard", row["top1_soft"] - row["top1_hard"], at)
+            if name.startswith("top1_") and name.endswith(self.ending):
+                self.writer.add_scalar(f"top1/{name.removeprefix('top1_').removesuffix(self.ending)}", value, at)
+        self.writer.add_scalar("top1/soft minus hard", row["top1_soft" + self.ending] - row["top1_hard" + self.ending], at)
         self.writer.add_scalar("train/lr", row["lr"], at)
         self.writer.add_scalar("train/seconds an epoch", seconds, at)
-        groups = self.method.plan.space.groups
-        shares = self.method.expected_widths() / np.array([group.size for group in groups])
+        groups = self.part.plan.space.groups
+        shares = self.part.expected_widths() / np.array([group.size for group in groups])
         self.widths.append(shares.tolist())
-        self.writer.add_histogram("gates", self.method.gates_now().float().cpu(), at)
+        self.writer.add_histogram("gates", self.part.gates_now().float().cpu(), at)
         # One row a group, in the order of the network, one column an epoch; white is whole.
         image = torch.tensor(self.widths, dtype=torch.float32).T[None]
         self.writer.add_image("width of each group over the epochs", image.repeat_interleave(8, 1).repeat_interleave(8, 2), at)

@@ -26,7 +26,7 @@ class Watchers:
 class TrainingDisplay:
     """The loop's watcher. Use as a context manager around the training."""
 
-    def __init__(self, console: Console, epochs: int, steps: int, target: float, done: int = 0):
+    def __init__(self, console: Console, epochs: int, steps: int, target: str, done: int = 0):
         self.console = console
         self.epochs, self.steps, self.target = epochs, steps, target
         self.accuracy = "soft – hard –"
@@ -47,16 +47,20 @@ class TrainingDisplay:
 
     def step(self, epoch: int, step: int, facts: dict[str, float]) -> None:
         if self.live:
-            losses = " ".join(f"{name} {value:.2f}" for name, value in facts.items() if name not in ("ratio", "images_per_second"))
+            losses = " ".join(f"{name} {value:.2f}" for name, value in facts.items() if name != "images_per_second" and "ratio" not in name)
             self.live.update(
                 self.task, completed=epoch * self.steps + step,
                 description=f"epoch {epoch + 1}/{self.epochs}\nstep {step}/{self.steps}",
-                facts=f"loss {losses}\n{self.accuracy}  ratio {facts['ratio']:.3f} of {self.target:g}  "
+                facts=f"loss {losses}\n{self.accuracy}  ratio {_ratios(facts, 3)} of {self.target}  "
                       f"{facts['images_per_second']:.0f} img/s")
 
     def epoch(self, row: dict[str, Any], seconds: float) -> None:
         top1 = " ".join(f"{name.removeprefix('top1_')} {value:.2f}%" for name, value in row.items() if name.startswith("top1_"))
         self.accuracy = top1
         losses = " ".join(f"{name.removeprefix('loss_')} {value:.3f}" for name, value in row.items() if name.startswith("loss_"))
-        self.console.print(f"epoch {row['epoch']}/{self.epochs}  loss {losses}  {top1}  ratio {row['ratio']:.4f}  {seconds:.1f} s",
+        self.console.print(f"epoch {row['epoch']}/{self.epochs}  loss {losses}  {top1}  ratio {_ratios(row, 4)}  {seconds:.1f} s",
                            soft_wrap=True)
+
+
+def _ratios(facts: dict[str, Any], digits: int) -> str:
+    return ",".join(f"{value:.{digits}f}" for name, value in facts.items() if name.startswith("ratio"))

@@ -147,8 +147,15 @@ class Training:
         found = {}
         if self.ema:
             with self.averaged():
-                found["top1_ema"] = evaluate({"hard": self.method.networks()["hard"]}, batches, val, self.device)["top1_hard"]
-        return {**evaluate(self.method.networks(), batches, val, self.device), **found}
+                found = evaluate(self.hard_networks("ema"), batches, val, self.device)
+        return {**evaluate(self.networks(), batches, val, self.device), **found}
+
+    def networks(self) -> dict[str, nn.Module]:
+        """Those to evaluate, by the ending of their columns."""
+        return {kind + ending: network for ending, part in self.method.parts.items() for kind, network in part.networks().items()}
+
+    def hard_networks(self, kind: str) -> dict[str, nn.Module]:
+        return {kind + ending: part.networks()["hard"] for ending, part in self.method.parts.items()}
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
@@ -167,12 +174,13 @@ class Training:
 
     def state_dict(self) -> dict[str, Any]:
         """Tensors and plain data, from which `load_state_dict` goes on bit for bit."""
-        return {"method": self.method.state_dict(), "optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict(),
+        return {"network": self.method.network.state_dict(), "method": self.method.state_dict(), "optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict(),
                 "ema": self.ema.module.state_dict() if self.ema else None, "rows": self.rows, "sums": self.sums, "position": self.position}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Raises UserError where the state is of another model."""
         try:
+            self.method.network.load_state_dict(state["network"])
             self.method.load_state_dict(state["method"])
             self.optimizer.load_state_dict(state["optimizer"])
             self.scaler.load_state_dict(state["scaler"])
@@ -223,7 +231,7 @@ def fit(method: Any, train: DataLoader, val: DataLoader, recipe: Recipe, watcher
     batches = first_batches(train)
     for epoch in range(len(training.rows), recipe.epochs):
         started, before = time.perf_counter(), training.position
-        for network in method.networks().values():
+        for network in training.networks().values():
             network.train()
         train.set_epoch(epoch, skip=training.position)
         for images, targets in train:
@@ -233,12 +241,12 @@ def fit(method: Any, train: DataLoader, val: DataLoader, recipe: Recipe, watcher
             # As long as widths follow masks the processor waits for these anyway, and masks that are not finite have no width.
             if saves or step % LOOK_EVERY == 0 or training.device.type == "cpu" or method.optimizers():
                 speed = (step - before) * recipe.batch_size / (time.perf_counter() - started)
-                watcher.step(epoch, step, {**training.losses(), "ratio": method.plan.ratio, "images_per_second": speed})
+                watcher.step(epoch, step, {**training.losses(), **ratios(method), "images_per_second": speed})
             if saves:
                 save(training.state_dict())
         if epoch + 1 == recipe.epochs:
             method.start_step(1.0)  # however short the schedule, it ends with what its end asks for
-        row = {"epoch": epoch + 1, "lr": training.optimizer.param_groups[0]["lr"], "ratio": method.plan.ratio}
+        row = {"epoch": epoch + 1, "lr": training.optimizer.param_groups[0]["lr"], **ratios(method)}
         row |= {f"loss_{name}": value for name, value in training.losses().items()}
         row |= training.evaluate(batches, val)
         training.rows.append(row)
@@ -246,10 +254,16 @@ def fit(method: Any, train: DataLoader, val: DataLoader, recipe: Recipe, watcher
         watcher.epoch(row, time.perf_counter() - started)
         save(training.state_dict())
     last = training.rows[-1]
-    if last.get("top1_ema", 0.0) > last["top1_hard"]:
+    if training.ema and sum(last["top1_ema" + ending] - last["top1_hard" + ending] for ending in method.parts) > 0:
         method.network.load_state_dict(training.ema.module.state_dict())
-        restate(method.networks()["hard"], [images.to(training.device) for images in batches])
+        for network in training.hard_networks("ema").values():
+            restate(network, [images.to(training.device) for images in batches])
     return training.rows
+
+
+def ratios(method: Any) -> dict[str, float]:
+    """MACs of each hard network as a share of the whole."""
+    return {"ratio" + ending: part.plan.ratio for ending, part in method.parts.items()}
 
 
 def evaluate(networks: dict[str, nn.Module], batches: list[torch.Tensor], val: DataLoader, device: torch.device) -> dict[str, float]:
@@ -278,7 +292,7 @@ def try_step(method: Any, loader: DataLoader, recipe: Recipe, classes: int, teac
     loader.set_epoch(0)
     images, targets = next(iter(loader))
     method.start_step(0.0)
-    for network in method.networks().values():
+    for network in training.networks().values():
         network.train()
     training.forward_backward(images, targets)
 

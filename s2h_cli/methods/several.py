@@ -1,0 +1,51 @@
+"""Several budgets from one run: one network, whose steps train the parts of a method, one for each budget, in turn."""
+
+from __future__ import annotations
+
+from typing import Any, Callable
+
+import torch
+from torch import fx
+
+from ..plan import Space
+
+
+class Several:
+    """What is trained is the one network that all parts share; masks and hard network are each part's own.
+
+    Args:
+        part: a method, which is called with the network, the space and a budget.
+        targets: the budgets.
+    """
+
+    def __init__(self, part: Callable, network: fx.GraphModule, space: Space, targets: list[float]):
+        self.network = network
+        self.parts = {f"_{target:g}": part(network, space, target) for target in targets}
+        self.turn = -1
+
+    @property
+    def now(self) -> Any:
+        """The part whose turn it is."""
+        return list(self.parts.values())[self.turn % len(self.parts)]
+
+    def start_step(self, progress: float) -> None:
+        self.turn += 1
+        for part in self.parts.values() if progress >= 1 else [self.now]:
+            part.start_step(progress)
+
+    def terms(self, images: torch.Tensor, targets: torch.Tensor, criterion: Callable) -> dict[str, torch.Tensor]:
+        return self.now.terms(images, targets, criterion)
+
+    def backward(self, terms: dict[str, torch.Tensor]) -> None:
+        self.now.backward(terms)
+
+    def optimizers(self) -> list[torch.optim.Optimizer]:
+        return self.now.optimizers()
+
+    def state_dict(self) -> dict:
+        return {"turn": self.turn, "parts": {name: part.state_dict() for name, part in self.parts.items()}}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.turn = state["turn"]
+        for name, part in self.parts.items():
+            part.load_state_dict(state["parts"][name])
