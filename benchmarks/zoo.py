@@ -1,6 +1,8 @@
 """Every architecture of torchvision and of timm, through capture, surgery, training and every export.
 
-    python benchmarks/zoo.py [--models GLOB] [--jobs N]
+    python benchmarks/zoo.py [--models GLOB] [--jobs N] [--missing] [--no-exports]
+    python benchmarks/zoo.py --output FILE      # in an environment of another torch
+    python benchmarks/zoo.py --also FILE        # and then: its totals go into docs/zoo.md
 
 The models stand in `zoo_models.txt`, beside this file: all of torchvision's classifiers, and of each model file of timm the
 smallest and the one of median size; `--pick` chooses them anew, for a new release of timm. Each model runs in a process of its
@@ -14,6 +16,7 @@ from __future__ import annotations
 import argparse
 import copy
 import fnmatch
+import functools
 import importlib.metadata
 import importlib.util
 import json
@@ -162,7 +165,9 @@ def examine(spec: str, img_size: int | None = None, exports: bool = True) -> dic
         with torch.set_grad_enabled(name in ("graph", "hard", "MACs", "gradients")):
             attempt(row, name, check)
     helpers.settle(small)
-    if exports:
+    if not exports:
+        row["skipped"] |= dict.fromkeys(artifacts.EXPORTS, "not run")
+    else:
         program = artifacts.Program(small)
         with torch.no_grad():
             expected = [(x, small(x), max(TOLERANCE, 10 * rounding(small, x)))
@@ -296,17 +301,28 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--models", metavar="GLOB", default="*", help="Those of zoo_models.txt that match; the rows of the others stay.")
     parser.add_argument("--jobs", metavar="N", type=int, default=1, help="Processes at a time; each uses one core.")
+    parser.add_argument("--missing", action="store_true", help="Leave out what the data has already.")
+    parser.add_argument("--no-exports", action="store_true", help="Leave out the columns of the formats, which take most of the time.")
+    parser.add_argument("--also", metavar="FILE", type=Path, help="Take the totals of another release's --output into the page, and stop.")
     parser.add_argument("--pick", action="store_true", help="Choose the models anew from the installed timm and torchvision, and stop.")
     parser.add_argument("--output", type=Path, default=DATA, help="The data; the page is written for the default only.")
     args = parser.parse_args()
     if args.pick:
         MODELS.write_text("\n".join(pick()) + "\n")
         return
-    names = [name for name in MODELS.read_text().split() if fnmatch.fnmatchcase(name, args.models)]
-    tasks = [Task(name, examine, LIMIT_S) for name in names]
-    if importlib.util.find_spec("torch_pruning"):
-        tasks += [Task(name, torch_pruning, LIMIT_TP_S) for name in names]
     data = json.loads(args.output.read_text()) if args.output.exists() else {"models": {}}
+    if args.also:
+        other = json.loads(args.also.read_text())
+        data["also"] = {**data.get("also", {}), other["versions"]["torch"]: zoo_page.brief(other)}
+        write(data, DATA)
+        PAGE.write_text(zoo_page.page(data))
+        return
+    names = [name for name in MODELS.read_text().split() if fnmatch.fnmatchcase(name, args.models)]
+    rows = data["models"] if args.missing else {}
+    ours = functools.partial(examine, exports=not args.no_exports)
+    tasks = [Task(name, ours, LIMIT_S) for name in names if not {"macs", "refused"} & rows.get(name, {}).keys()]
+    if importlib.util.find_spec("torch_pruning"):
+        tasks += [Task(name, torch_pruning, LIMIT_TP_S) for name in names if "torch_pruning" not in rows.get(name, {})]
     for done, (task, result) in enumerate(run_all(tasks, args.jobs), 1):
         row = data["models"].setdefault(task.model, {})
         if task.function is torch_pruning:
@@ -332,7 +348,8 @@ def write(data: dict[str, Any], path: Path) -> None:
     """One line a model, figures of four digits."""
     rounded = json.loads(json.dumps(data), parse_float=lambda text: float(f"{float(text):.4g}"))
     lines = [f"  {json.dumps(name)}: {json.dumps(row)}" for name, row in sorted(rounded["models"].items())]
-    path.write_text(f'{{\n"versions": {json.dumps(rounded["versions"])},\n"models": {{\n' + ",\n".join(lines) + "\n}\n}\n")
+    also = f'"also": {json.dumps(rounded["also"])},\n' if "also" in rounded else ""
+    path.write_text(f'{{\n"versions": {json.dumps(rounded["versions"])},\n{also}"models": {{\n' + ",\n".join(lines) + "\n}\n}\n")
 
 
 def versions() -> dict[str, str]:

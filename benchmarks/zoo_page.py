@@ -38,14 +38,32 @@ def page(data: dict[str, Any]) -> str:
         "the smallest and a mid-sized one, with random weights and half of the MACs cut away at random.",
         f"torch {v['torch']}, torchvision {v['torchvision']}, timm {v['timm']}, onnx {v['onnx']}, onnxruntime {v['onnxruntime']}, "
         f"onnxscript {v['onnxscript']}, Python {v['python']}; {v['machine']}.",
-        totals(rows), "## What is checked", "\n".join(f"- **{name}**: {text}." for name, text in COLUMNS.items()),
+        totals(rows), others(data.get("also", {})), "## What is checked", "\n".join(f"- **{name}**: {text}." for name, text in COLUMNS.items()),
         "A tolerance of 1e-4 becomes ten times the distance of the network's own float32 logits from its float64 ones where that is more: "
         "random weights make some networks chaotic. Among the checks these models say so.\n\n"
         "Models above 5 G MACs are checked at half their resolution, where they take it; figures are at their own. *frozen* is the "
         "share of MACs in operators that no choice of widths makes cheaper, *least* the smallest reachable share.",
         "## What fails, is refused, or is frozen by more than a hundredth", troubles(rows),
         "## Operators without a rule", unknown(rows), "## All models", table(rows)]
-    return "\n\n".join(parts) + "\n"
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def brief(data: dict[str, Any]) -> dict[str, Any]:
+    """What the page says of a run on another release of torch."""
+    rows: Rows = data["models"]
+    return {"versions": data["versions"], "models": len(rows), "pass": sum(passes(row) for row in rows.values()),
+            "with exports": sum("not run" not in row.get("skipped", {}).values() for row in rows.values()),
+            "failed": {name: row.get("failed") or row.get("refused") or row.get("died") for name, row in rows.items() if not passes(row)}}
+
+
+def others(runs: dict[str, dict[str, Any]]) -> str:
+    lines = []
+    for torch, run in runs.items():
+        v = run["versions"]
+        trouble = "; ".join(f"**{name}**: {what}" for name, what in run["failed"].items())
+        lines.append(f"On torch {torch} (torchvision {v['torchvision']}, timm {v['timm']}, onnxruntime {v['onnxruntime']}) {run['pass']} of "
+                     f"{run['models']} models pass; {run['with exports']} of them were run through the three formats too. {trouble}".strip())
+    return "\n\n".join(lines)
 
 
 def libraries(rows: Rows) -> dict[str, Rows]:

@@ -6,11 +6,12 @@ import csv
 import itertools
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any, Iterator
+from typing import Any, Iterator, NamedTuple
 
 import numpy as np
 import torch
 from rich.console import Console
+from torch.utils.data import DataLoader
 
 from . import artifacts, data, distributed
 from .config import Config, resumed, write
@@ -26,7 +27,7 @@ from .report.curves import Curves, check_log, start_log
 from .report.facts import describe
 from .report.progress import TrainingDisplay, Watchers
 from .source import load_source, short_name
-from .teacher import load_teacher
+from .teacher import Teacher, load_teacher
 from .train import checkpoint, loop
 from .train.evaluate import top1
 from .train.loop import first_batches, fit, seed_everything, try_step
@@ -48,13 +49,7 @@ def prune(config: Config, console: Console, *, resume: bool = False, dry_run: bo
     Raises:
         UserError: whatever the user can mend.
     """
-    for budget in config.budgets:
-        if not 0 < budget < 1:
-            raise UserError(f"--flops {budget:g} is no share of the MACs; give a number between 0 and 1, such as 0.35")
-    check(config)
-    check_log(config.log)
-    if config.batch_size % distributed.WORLD:
-        raise UserError(f"--batch-size {config.batch_size} cannot be shared by {distributed.WORLD} processes; give a multiple of their number")
+    check_settings(config)
     device = pick_device(config.device)
     distributed.join(device)
     resume = resume or (distributed.RESTARTS > 0 and taken(config) is not None)
@@ -62,12 +57,63 @@ def prune(config: Config, console: Console, *, resume: bool = False, dry_run: bo
     last = folder / "checkpoints" / "last"
     config = resumed(config, folder) if resume else config
     state = checkpoint.load(last) if resume and last.exists() else None
+    job = prepare(config, device, console, fetch=state is None)
+    if dry_run:
+        if config.epochs:
+            try_step(job.method, job.train, config, len(job.classes), job.teacher)
+        console.print(f"dry run: the budget can be met, a step works, nothing was written. To train:\n  {config.command()}", soft_wrap=True)
+        return []
+    if distributed.RANK == 0 and not resume:
+        write(config, folder)
+    config.output = str(folder)
+    try:
+        row = train(config, job, folder, state, console)
+        distributed.leave()
+        if distributed.RANK > 0:
+            return []
+        return [finish(config.model, budget, folder_of(folder, ending), ending, job, row, console)
+                for budget, ending in zip(config.budgets, job.method.parts)]
+    except KeyboardInterrupt:
+        kept = "the last checkpoint is kept" if last.exists() else "no epoch was finished"
+        raise UserError(f"stopped; {kept}, go on with: {config.command('--resume')}") from None
+
+
+class Job(NamedTuple):
+    """All that a training needs, made from the settings. `loading` are the arguments of `data.make_loader` that every loader shares."""
+
+    method: Any
+    teacher: Teacher | None
+    splits: data.Splits
+    loading: dict[str, Any]
+    preprocessing: dict[str, Any]
+    train: DataLoader
+    device: torch.device
+
+    @property
+    def classes(self) -> list[str]:
+        return self.splits.class_names
+
+
+def check_settings(config: Config) -> None:
+    """Raises UserError for a setting that cannot be meant, before anything is loaded."""
+    for budget in config.budgets:
+        if not 0 < budget < 1:
+            raise UserError(f"--flops {budget:g} is no share of the MACs; give a number between 0 and 1, such as 0.35")
+    check(config)
+    check_log(config.log)
+    if config.batch_size % distributed.WORLD:
+        raise UserError(f"--batch-size {config.batch_size} cannot be shared by {distributed.WORLD} processes; give a multiple of their number")
+
+
+def prepare(config: Config, device: torch.device, console: Console, fetch: bool) -> Job:
+    """Model and data to method and loaders. What `config` leaves to model and data is filled in; `fetch` as for `load_source`."""
     splits = data.open_splits(config.data, val_fraction=config.val_fraction, seed=config.seed, skip_bad_images=config.skip_bad_images)
+    classes = splits.class_names
     config.img_size = config.img_size or IMG_SIZE.get(config.data)
     seed_everything(config.seed, 0)
-    source = load_source(config.model, num_classes=len(splits.class_names), pretrained=config.pretrained,
+    source = load_source(config.model, num_classes=len(classes), pretrained=config.pretrained,
                          weights=Path(config.weights) if config.weights else None, img_size=config.img_size,
-                         fetch=state is None, drop=config.drop, drop_path=config.drop_path)
+                         fetch=fetch, drop=config.drop, drop_path=config.drop_path)
     if config.epochs is None:
         config.epochs = EPOCHS.get(config.data, DEFAULT_EPOCHS)
     if config.lr is None:
@@ -81,66 +127,49 @@ def prune(config: Config, console: Console, *, resume: bool = False, dry_run: bo
     space = Space(network, tuple(config.exclude), config.divisor, config.prune_head_dim)
     for budget in config.budgets:
         check_reachable(space, budget)
-    classes = splits.class_names
     teacher = load_teacher(config.teacher, source, classes, device) if config.teacher else None
     for note in [*source.notes, *splits.notes, *captured.notes]:
         console.print(f"note: {note}", soft_wrap=True)
+    processes = f", {distributed.WORLD} processes" if distributed.WORLD > 1 else ""
     console.print(f"{source.name} on {config.data}: {len(splits.train)} training and {len(splits.val)} validation images, "
-                  f"{len(classes)} classes, input {'x'.join(map(str, source.input_size))}, {device}"
-                  + (f", {distributed.WORLD} processes" if distributed.WORLD > 1 else ""), soft_wrap=True)
+                  f"{len(classes)} classes, input {'x'.join(map(str, source.input_size))}, {device}{processes}", soft_wrap=True)
     console.print(f"{len(space.groups)} groups, {space.size} prunable channels and heads; target {config.target} of "
                   f"{space.full_macs / 1e6:.1f} M MACs, smallest reachable {space.min_ratio:.4f}", soft_wrap=True)
 
-    preprocessing = dict(input_size=source.input_size, mean=source.mean, std=source.std, interpolation=source.interpolation,
-                         crop_pct=source.crop_pct)
-    loading = dict(**preprocessing, batch_size=config.batch_size, workers=config.workers, flip=splits.flip, recipe=config, seed=config.seed,
-                   rank=distributed.RANK, world=distributed.WORLD)
-    train = data.make_loader(splits.train, train=True, **loading)
-    val = data.make_loader(splits.val, train=False, **loading)
     kind = METHODS["s2h" if config.epochs else "oneshot"]
     method = kind(network, space, config.flops) if len(config.budgets) == 1 else Several(kind, network, space, config.budgets)
-    if dry_run:
-        if config.epochs:
-            try_step(method, train, config, len(classes), teacher)
-        console.print(f"dry run: the budget can be met, a step works, nothing was written. To train:\n  {config.command()}", soft_wrap=True)
-        return []
+    preprocessing = dict(input_size=source.input_size, mean=source.mean, std=source.std, interpolation=source.interpolation,
+                         crop_pct=source.crop_pct)
+    loading = dict(**preprocessing, batch_size=config.batch_size, workers=config.workers, flip=splits.flip, recipe=config, seed=config.seed)
+    shared = dict(rank=distributed.RANK, world=distributed.WORLD)
+    return Job(method, teacher, splits, loading, preprocessing, data.make_loader(splits.train, train=True, **loading, **shared), device)
 
+
+def train(config: Config, job: Job, folder: Path, state: dict | None, console: Console) -> dict[str, Any]:
+    """Trains, or goes on from a state; returns the last epoch's row of `summary.csv`."""
+    val = data.make_loader(job.splits.val, train=False, **job.loading, rank=distributed.RANK, world=distributed.WORLD)
     leads = distributed.RANK == 0  # of several processes the first alone writes
-    if leads and not resume:
-        write(config, folder)
-    config.output = str(folder)
 
     def save(state: dict) -> None:
         if leads:
             write_summary(folder / "summary.csv", state["rows"])
             checkpoint.save(folder / "checkpoints" / "last", state)
 
-    try:
-        if config.epochs:
-            with watching(config, folder, method, len(train), len(state["rows"]) if state else 0, console) as watcher:
-                rows = fit(method, train, val, config, watcher, classes=len(classes), teacher=teacher, state=state, save=save,
-                           save_every=config.checkpoint_every)
-        else:
-            networks = {name + ending: network for ending, part in method.parts.items() for name, network in part.networks().items()}
-            rows = [{"epoch": 0, **loop.ratios(method), **loop.evaluate(networks, first_batches(train), val, device)}]
-            if leads:
-                write_summary(folder / "summary.csv", rows)
-        distributed.leave()
-        if not leads:
-            return []
-        val = data.make_loader(splits.val, train=False, **loading | {"rank": 0, "world": 1})
-        bad = [name for split in (splits.train, splits.val) for name in data.bad_images(split)]
-        if bad:
-            console.print(f"note: {len(bad)} unreadable images were left out, the first is '{bad[0]}'", soft_wrap=True)
-        results = []
-        for budget, (ending, part) in zip(config.budgets, method.parts.items()):
-            accuracy = {name.removeprefix("top1_").removesuffix(ending): value for name, value in rows[-1].items()
-                        if name.startswith("top1_") and name.endswith(ending)}
-            results.append(finish(config.model, budget, folder_of(folder, ending), part, splits.class_names, val, accuracy, preprocessing, console))
-        return results
-    except KeyboardInterrupt:
-        kept = "the last checkpoint is kept" if last.exists() else "no epoch was finished"
-        raise UserError(f"stopped; {kept}, go on with: {config.command('--resume')}") from None
+    if config.epochs:
+        with watching(config, folder, job.method, len(job.train), len(state["rows"]) if state else 0, console) as watcher:
+            rows = fit(job.method, job.train, val, config, watcher, classes=len(job.classes), teacher=job.teacher, state=state, save=save,
+                       save_every=config.checkpoint_every)
+    else:
+        rows = [{"epoch": 0, **loop.ratios(job.method), **loop.evaluate(loop.networks(job.method), first_batches(job.train), val, job.device)}]
+        if leads:
+            write_summary(folder / "summary.csv", rows)
+    bad = []
+    for split in (job.splits.train, job.splits.val):
+        split.bad.copy_(distributed.total(split.bad.int().to(job.device)).cpu() > 0)  # each process met those of its share
+        bad += data.bad_images(split)
+    if bad:
+        console.print(f"note: {len(bad)} unreadable images were left out, the first is '{bad[0]}'", soft_wrap=True)
+    return rows[-1]
 
 
 @contextmanager
@@ -161,16 +190,16 @@ def folder_of(folder: Path, ending: str) -> Path:
     return folder / f"f{ending[1:]}" if ending else folder
 
 
-def finish(model: str, budget: float, folder: Path, part: Any, classes: list[str], val: Any, accuracy: dict[str, float],
-           preprocessing: dict[str, Any], console: Console) -> dict[str, Any]:
-    """Writes and verifies every artifact of a trained part of a method; `accuracy` is of its networks, in percent."""
+def finish(model: str, budget: float, folder: Path, ending: str, job: Job, row: dict[str, Any], console: Console) -> dict[str, Any]:
+    """Writes and verifies every artifact of a trained part of a method: that of this ending of its columns in the last row."""
+    part, input_size = job.method.parts[ending], job.preprocessing["input_size"]
+    val = data.make_loader(job.splits.val, train=False, **job.loading)
     small = to_device(part.result(), "cpu").eval()
-    input_size = preprocessing["input_size"]
     facts = describe(part.plan, model, input_size, budget)
     counted = sum(count_macs(small, input_size).values())
     if counted != facts["macs"]["pruned"] or facts["macs"]["ratio"] > budget:
         raise RuntimeError(f"the plan says {facts['macs']}, fvcore counts {counted}: please report this")
-    metadata = {**preprocessing, "classes": classes}
+    metadata = {**job.preprocessing, "classes": job.classes}
     with console.status("writing and checking artifacts"):
         artifacts.save(folder, small, {**facts, "kept_indices": part.plan.by_group(), "data": metadata})
         failed, program = [], artifacts.Program(small)
@@ -183,6 +212,8 @@ def finish(model: str, budget: float, folder: Path, part: Any, classes: list[str
         # Accuracy is measured on the format that shares least code with us, of those that were written.
         checked = next((name for name in ("model.onnx", "model.ts", "model.pt2") if name in differences), "")
         exported = top1(artifacts.run_artifact(folder / checked), val, "cpu")
+    accuracy = {name.removeprefix("top1_").removesuffix(ending): value for name, value in row.items()
+                if name.startswith("top1_") and name.endswith(ending)}
     before = sum(t.numel() * t.element_size() for t in part.network.state_dict().values())
     return {"folder": folder, "facts": facts, "differences": differences, "failed": failed, "top1": {**accuracy, "exported": exported},
             "checked": checked, "bytes": [before, (folder / "model.safetensors").stat().st_size]}

@@ -170,9 +170,24 @@ def test_the_second_step_of_g_reaches_u_through_w(method, batch):
     (gradient,) = torch.autograd.grad(method.terms(images, targets, CRITERION)["mask"], u)
 
     def gap(v):
-        return ALPHA * divergence(soft_logits(method, images, keep_probability(method, v)), hard)
+        return method.settings.hear_every * ALPHA * divergence(soft_logits(method, images, keep_probability(method, v)), hard)
 
     torch.testing.assert_close(gradient, numeric_gradient(gap, u.detach()), rtol=1e-5, atol=1e-8)
+
+
+def test_masks_hear_and_ranks_move_on_every_few_steps_with_the_weight_of_all(method, batch):
+    every = method.settings.hear_every
+    heard, before = [], method.ranks.clone()
+    for _ in range(2 * every):
+        method.start_step(0.1)
+        ranks = method.ranks.clone()
+        heard.append("mask" in method.terms(*batch, CRITERION))
+        with torch.no_grad():
+            for weight in method.weights.values():
+                weight.copy_(weight.flip(0))
+        assert heard[-1] or torch.equal(ranks, before)
+        before = ranks
+    assert sum(heard) == 2 and heard[:every] == heard[every:]
 
 
 def test_the_budget_reaches_u_through_the_expected_widths(method, batch):

@@ -39,6 +39,7 @@ class Settings:
     mask_lr: float = 0.05  #: learning rate of the width logits (Adam)
     ramp: float = 0.2  #: share of the schedule over which the target falls from 1 to the budget
     freeze: float = 0.3  #: share of the schedule after which widths stand still, exactly on budget
+    hear_every: int = 4  #: steps between two that compute G step 2, of that many times the weight, and rank the channels anew
 
 
 class S2H:
@@ -62,6 +63,7 @@ class S2H:
         self.mask_optimizer = torch.optim.Adam(self.masks.parameters(), lr=settings.mask_lr)
         self.budget = 1.0  # the target of this step
         self.ranks = self.importance.ranks()
+        self.steps = 0
         self.frozen = False
         self.gates = torch.ones(space.size, device=device)  # w after the freeze
         self._follow(Plan(space, np.ones(space.size, bool)))
@@ -73,15 +75,19 @@ class S2H:
         if self.frozen:
             return
         self.budget = 1 - (1 - self.target) * min(1.0, progress / self.settings.ramp)
-        self.ranks = self.importance.ranks()
+        self.hears = self.steps % self.settings.hear_every == 0
+        self.steps += 1
         if progress >= self.settings.freeze:
             self._freeze()
         else:
+            if self.hears:
+                self.ranks = self.importance.ranks()
             widths = self.masks.hard_widths().detach().cpu().numpy().astype(int)
             self._follow(plan_of_ranks(self.space, widths, self.ranks))
 
     def terms(self, images: torch.Tensor, targets: torch.Tensor, criterion: Callable) -> dict[str, torch.Tensor]:
-        """The terms of the loss of one batch: L ("task"), G step 1 ("hard"), before the freeze G step 2 ("mask") and R ("budget").
+        """The terms of the loss of one batch: L ("task"), G step 1 ("hard"), before the freeze R ("budget") and, on a step that
+        hears the masks, G step 2 ("mask").
 
         Args:
             images: (N, C, H, W).
@@ -93,20 +99,19 @@ class S2H:
         alpha = self.settings.alpha
         terms = {"task": criterion(soft, targets), "hard": alpha * divergence(soft.detach(), hard)}
         if not self.frozen:
-            terms["mask"] = alpha * divergence(soft, hard.detach())
+            if self.hears:
+                terms["mask"] = self.settings.hear_every * alpha * divergence(soft, hard.detach())
             macs = self.space.macs.differentiable(self.masks.hard_widths())
             terms["budget"] = self.settings.beta * (macs / self.space.full_macs - self.budget) ** 2
         return terms
 
     def backward(self, terms: dict[str, torch.Tensor]) -> None:
         """Accumulates the gradients of the terms of one batch."""
-        loss = terms["task"] + terms["hard"]
-        if not self.frozen:
-            # The second step of G must not reach the weights: its gradient is taken for u alone, then added.
+        mask_grad = None
+        if "mask" in terms:  # G step 2 must not reach the weights: its gradient is taken for u alone, then added
             (mask_grad,) = torch.autograd.grad(terms["mask"], self.masks.u, retain_graph=True)
-            loss = loss + terms["budget"]
-        loss.backward()
-        if not self.frozen:
+        sum(term for name, term in terms.items() if name != "mask").backward()
+        if mask_grad is not None:
             self.masks.u.grad += mask_grad
 
     def optimizers(self) -> list[torch.optim.Optimizer]:
@@ -135,12 +140,12 @@ class S2H:
         """All that a later `load_state_dict` needs, beside the network, to go on bit for bit: tensors and plain data."""
         return {"masks": self.masks.state_dict(), "gates": self.gates,
                 "mask_optimizer": self.mask_optimizer.state_dict(), "frozen": self.frozen,
-                "ranks": self.ranks, "keep": torch.from_numpy(self.plan.keep), "hard_buffers": dict(self.hard.named_buffers())}
+                "steps": self.steps, "ranks": self.ranks, "keep": torch.from_numpy(self.plan.keep), "hard_buffers": dict(self.hard.named_buffers())}
 
     def load_state_dict(self, state: dict) -> None:
         self.masks.load_state_dict(state["masks"])
         self.mask_optimizer.load_state_dict(state["mask_optimizer"])
-        self.frozen = state["frozen"]
+        self.frozen, self.steps = state["frozen"], state["steps"]
         self.ranks.copy_(state["ranks"])
         self.gates.copy_(state["gates"])
         self._follow(Plan(self.space, state["keep"].cpu().numpy()))
@@ -177,6 +182,7 @@ class S2H:
 
     @torch.no_grad()
     def _freeze(self) -> None:
+        self.ranks = self.importance.ranks()
         ladder = self.masks.ladder().cpu().numpy()
         widths = fit_budget(self.space, list(ladder), self.target)
         self.gates.copy_(self.masks.keep_probability(self.ranks))

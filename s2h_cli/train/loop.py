@@ -148,11 +148,7 @@ class Training:
         if self.ema:
             with self.averaged():
                 found = evaluate(self.hard_networks("ema"), batches, val, self.device)
-        return {**evaluate(self.networks(), batches, val, self.device), **found}
-
-    def networks(self) -> dict[str, nn.Module]:
-        """Those to evaluate, by the ending of their columns."""
-        return {kind + ending: network for ending, part in self.method.parts.items() for kind, network in part.networks().items()}
+        return {**evaluate(networks(self.method), batches, val, self.device), **found}
 
     def hard_networks(self, kind: str) -> dict[str, nn.Module]:
         return {kind + ending: part.networks()["hard"] for ending, part in self.method.parts.items()}
@@ -231,7 +227,7 @@ def fit(method: Any, train: DataLoader, val: DataLoader, recipe: Recipe, watcher
     batches = first_batches(train)
     for epoch in range(len(training.rows), recipe.epochs):
         started, before = time.perf_counter(), training.position
-        for network in training.networks().values():
+        for network in networks(method).values():
             network.train()
         train.set_epoch(epoch, skip=training.position)
         for images, targets in train:
@@ -259,6 +255,11 @@ def fit(method: Any, train: DataLoader, val: DataLoader, recipe: Recipe, watcher
         for network in training.hard_networks("ema").values():
             restate(network, [images.to(training.device) for images in batches])
     return training.rows
+
+
+def networks(method: Any) -> dict[str, nn.Module]:
+    """Those of all parts of a method, by the ending of their columns."""
+    return {kind + ending: network for ending, part in method.parts.items() for kind, network in part.networks().items()}
 
 
 def ratios(method: Any) -> dict[str, float]:
@@ -292,7 +293,7 @@ def try_step(method: Any, loader: DataLoader, recipe: Recipe, classes: int, teac
     loader.set_epoch(0)
     images, targets = next(iter(loader))
     method.start_step(0.0)
-    for network in training.networks().values():
+    for network in networks(method).values():
         network.train()
     training.forward_backward(images, targets)
 
