@@ -117,10 +117,10 @@ def examine(spec: str, img_size: int | None = None, exports: bool = True) -> dic
         row["tolerance"] = tolerance
 
     def same_graph() -> None:
-        close(network(x), source.module.eval()(x), tolerance)
+        close(network(x).detach(), source.module.eval()(x).detach(), tolerance)  # each drops its graph, which can be gigabytes
 
     def hard() -> None:
-        identical(helpers.hard_output(network, skeleton(network), plan, x), small(x))
+        identical(helpers.hard_output(network, skeleton(network), plan, x).detach(), small(x).detach())
 
     def reloaded() -> None:
         with tempfile.TemporaryDirectory() as folder:

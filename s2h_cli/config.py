@@ -47,6 +47,7 @@ class Recipe:
     amp: bool = False
     amp_dtype: str = "bfloat16"
     channels_last: bool = False
+    compile: bool = False
     seed: int = 0
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import itertools
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, Iterator, NamedTuple
 
@@ -20,7 +21,8 @@ from .errors import UserError
 from .files import writing
 from .graph import capture, to_device
 from .masks import check_reachable
-from .methods import METHODS
+from .methods.oneshot import OneShot
+from .methods.s2h import S2H, Settings
 from .methods.several import Several
 from .plan import Plan, Space
 from .report.curves import Curves, check_log, start_log
@@ -136,7 +138,7 @@ def prepare(config: Config, device: torch.device, console: Console, fetch: bool)
     console.print(f"{len(space.groups)} groups, {space.size} prunable channels and heads; target {config.target} of "
                   f"{space.full_macs / 1e6:.1f} M MACs, smallest reachable {space.min_ratio:.4f}", soft_wrap=True)
 
-    kind = METHODS["s2h" if config.epochs else "oneshot"]
+    kind = partial(S2H, settings=Settings(compile=config.compile)) if config.epochs else OneShot
     method = kind(network, space, config.flops) if len(config.budgets) == 1 else Several(kind, network, space, config.budgets)
     preprocessing = dict(input_size=source.input_size, mean=source.mean, std=source.std, interpolation=source.interpolation,
                          crop_pct=source.crop_pct)

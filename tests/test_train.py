@@ -16,6 +16,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from toy import PRUNE, s2h
 
 from s2h_cli import artifacts, cli, run
+from s2h_cli.source import load_source
+from s2h_cli.teacher import Teacher
 from s2h_cli.train import checkpoint, loop
 
 RESULTS = ("model.safetensors", "plan.json", "summary.csv", "widths.csv")
@@ -169,6 +171,22 @@ def test_mixed_precision_trains(here, dtype):
     assert run.evaluate(here / "out", "data", batch_size=16, workers=0, val_fraction=0.1, seed=0)[0] > 80
 
 
+def test_networks_are_compiled_once_their_widths_stand_still(here, monkeypatch):
+    """With a compiler that changes nothing, the run is the same; and one that goes on compiles again."""
+    compiled = []
+
+    def compile(function):
+        compiled.append(function)
+        return real(function, backend="eager")
+
+    real = torch.compile
+    monkeypatch.setattr(torch, "compile", compile)
+    assert s2h(*PLAIN, "--epochs", "3", "-o", "plain") == 0 and not compiled
+    assert s2h(*PLAIN, "--epochs", "3", "--compile", "-o", "fast") == 0 and len(compiled) == 2
+    for name, weight in weights(here, "plain")[0].items():
+        torch.testing.assert_close(weights(here, "fast")[0][name], weight, rtol=0, atol=1e-6)
+
+
 def test_a_teacher_is_learnt_from(here, capsys):
     assert s2h(*PRUNE, "--epochs", "4", "-o", "first") == 0
     for teacher in ("first", "trained.pth"):
@@ -179,6 +197,18 @@ def test_a_teacher_is_learnt_from(here, capsys):
     for teacher, word in (("net.py:wide", "3 classes"), ("nowhere.pth", "nowhere.pth"), ("resnett", "no model 'resnett'")):
         assert s2h(*PRUNE, "--teacher", teacher, "--dry-run") == 2
         assert word in capsys.readouterr().err
+
+
+def test_a_teacher_sees_images_as_it_was_trained_on_them(here):
+    pupil = load_source("net.py:build", img_size=16)
+    pixels = torch.rand(4, 3, 16, 16)
+    mean, std = [0.1, 0.2, 0.3], [0.5, 0.6, 0.7]
+
+    def normalised(mean, std):
+        return (pixels - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
+
+    seen = Teacher(torch.nn.Identity(), mean, std, pupil)(normalised(pupil.mean, pupil.std))
+    torch.testing.assert_close(seen, normalised(mean, std))
 
 
 def test_curves_are_drawn_and_go_on_where_they_stopped(here):

@@ -2,7 +2,7 @@
 
 The training loop knows nothing of a method. It uses:
 
-    method = METHODS[name](network, space, target)     over a captured network; `network`'s parameters are what is trained
+    method = Method(network, space, target)            over a captured network; `network`'s parameters are what is trained
     method.start_step(progress)                        before a batch, and at the end; progress through the schedule, 0 to 1
     method.terms(images, targets, criterion)           {name: term of the loss} of a batch
     method.backward(terms)                             accumulates their gradients
@@ -19,8 +19,3 @@ and of each part:
 
 A method without training has `network` and `parts` alone, and its parts no widths and gates to draw.
 """
-
-from .oneshot import OneShot
-from .s2h import S2H
-
-METHODS = {"s2h": S2H, "oneshot": OneShot}

@@ -39,6 +39,7 @@ class Settings:
     mask_lr: float = 0.05  #: learning rate of the width logits (Adam)
     ramp: float = 0.2  #: share of the schedule over which the target falls from 1 to the budget
     freeze: float = 0.3  #: share of the schedule after which widths stand still, exactly on budget
+    compile: bool = False  #: run both networks through torch.compile once their shapes stand still, after the freeze
     hear_every: int = 4  #: steps between two that compute G step 2, of that many times the weight, and rank the channels anew
 
 
@@ -59,6 +60,7 @@ class S2H:
         self.importance = Importance(space, self.weights)
         self.read_parts = {key: torch.from_numpy(parts).to(device) for key, parts in space.read_parts.items()}
         self.hard = skeleton(self.soft)
+        self.run_soft, self.run_hard = runner(self.soft), runner(self.hard)
         self.plan: Plan | None = None
         self.mask_optimizer = torch.optim.Adam(self.masks.parameters(), lr=settings.mask_lr)
         self.budget = 1.0  # the target of this step
@@ -94,8 +96,8 @@ class S2H:
             targets: what `criterion` takes beside logits (N, classes).
         """
         gates = self.gates if self.frozen else self.masks.keep_probability(self.ranks)
-        soft = functional_call(self.soft, self.soft_parameters(gates), (images,))
-        hard = functional_call(self.hard, self.hard_parameters(None if self.frozen else gates), (images,))
+        soft = self.run_soft(self.soft_parameters(gates), images)
+        hard = self.run_hard(self.hard_parameters(None if self.frozen else gates), images)
         alpha = self.settings.alpha
         terms = {"task": criterion(soft, targets), "hard": alpha * divergence(soft.detach(), hard)}
         if not self.frozen:
@@ -151,6 +153,8 @@ class S2H:
         self._follow(Plan(self.space, state["keep"].cpu().numpy()))
         for name, buffer in state["hard_buffers"].items():
             self.hard.get_buffer(name).copy_(buffer)
+        if self.frozen:
+            self._stand_still()
 
     # -- the method -----------------------------------------------------------------------------------------------
 
@@ -188,6 +192,16 @@ class S2H:
         self.gates.copy_(self.masks.keep_probability(self.ranks))
         self._follow(plan_of_ranks(self.space, widths, self.ranks))
         self.frozen = True
+        self._stand_still()
+
+    def _stand_still(self) -> None:
+        if self.settings.compile:
+            self.run_soft, self.run_hard = torch.compile(self.run_soft), torch.compile(self.run_hard)
+
+
+def runner(network: fx.GraphModule) -> Callable[[dict[str, torch.Tensor], torch.Tensor], torch.Tensor]:
+    """The network as a function of parameters and images (N, C, H, W)."""
+    return lambda parameters, images: functional_call(network, parameters, (images,))
 
 
 class Forward(nn.Module):
@@ -199,7 +213,7 @@ class Forward(nn.Module):
         self.parameters_now = parameters
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        return functional_call(self.network, self.parameters_now(), (images,))
+        return runner(self.network)(self.parameters_now(), images)
 
 
 def divergence(p: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
