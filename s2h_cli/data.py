@@ -323,7 +323,7 @@ class _Loader(DataLoader):
         self.dataset.reading = torch.full((max(1, self.num_workers),), -1).share_memory_()
         self.position = self.batch_sampler.skip
         empty = True
-        for batch in self._batches():
+        for batch in super().__iter__():
             self.position += 1
             if isinstance(batch, str):
                 raise UserError(batch)
@@ -335,16 +335,23 @@ class _Loader(DataLoader):
         if empty and self.position > self.batch_sampler.skip:
             raise UserError(f"no image of '{self.dataset.origin}' can be read; check the files")
 
-    def _batches(self) -> Iterator:
-        """The batches of the workers; the death of one, which no code of ours sees, becomes an error that names its image."""
-        try:
-            yield from super().__iter__()
-        except RuntimeError as error:
-            if "DataLoader worker" not in str(error):
-                raise
-            read = [f"'{self.dataset.name(index)}'" for index in self.dataset.reading.tolist() if index >= 0]
-            raise UserError(f"a process that loads images died ({why(error)}); the images last read were {', '.join(read)}: one of them may "
-                            "be at fault, or memory is short: try fewer --workers") from error
+
+@contextmanager
+def naming_images(*loaders: _Loader) -> Iterator[None]:
+    """Where a process that loads images dies, which torch reports wherever the program is at that moment, says which it was reading.
+
+    Raises:
+        UserError: a process died.
+    """
+    try:
+        yield
+    except (RuntimeError, ConnectionError, EOFError) as error:  # the last two where it died while it handed a batch over
+        if isinstance(error, RuntimeError) and "DataLoader worker" not in str(error):
+            raise
+        sets = [loader.dataset for loader in loaders if loader.dataset.reading is not None]
+        read = [f"'{images.name(index)}'" for images in sets for index in images.reading.tolist() if index >= 0]
+        raise UserError(f"a process that loads images died ({why(error)}); the images last read were {', '.join(read)}: one of them may "
+                        "be at fault, or memory is short: try fewer --workers") from error
 
 
 def _collate(items: list[tuple[torch.Tensor, int] | str | None]) -> list[torch.Tensor] | str | None:

@@ -158,7 +158,7 @@ def train(config: Config, job: Job, folder: Path, state: dict | None, console: C
             checkpoint.save(folder / "checkpoints" / "last", state)
 
     if config.epochs:
-        with watching(config, folder, job.method, len(job.train), len(state["rows"]) if state else 0, console) as watcher:
+        with data.naming_images(job.train, val), watching(config, folder, job.method, len(job.train), len(state["rows"]) if state else 0, console) as watcher:
             rows = fit(job.method, job.train, val, config, watcher, classes=len(job.classes), teacher=job.teacher, state=state, save=save,
                        save_every=config.checkpoint_every)
     else:
@@ -213,7 +213,8 @@ def finish(model: str, budget: float, folder: Path, ending: str, job: Job, row: 
         differences = artifacts.verify(small, folder, input_size)
         # Accuracy is measured on the format that shares least code with us, of those that were written.
         checked = next((name for name in ("model.onnx", "model.ts", "model.pt2") if name in differences), "")
-        exported = top1(artifacts.run_artifact(folder / checked), val, "cpu")
+        with data.naming_images(val):
+            exported = top1(artifacts.run_artifact(folder / checked), val, "cpu")
     accuracy = {name.removeprefix("top1_").removesuffix(ending): value for name, value in row.items()
                 if name.startswith("top1_") and name.endswith(ending)}
     before = sum(t.numel() * t.element_size() for t in part.network.state_dict().values())
@@ -274,7 +275,8 @@ def evaluate(artifact: Path, spec: str, *, batch_size: int, workers: int, val_fr
         raise UserError(f"'{spec}' has other classes ({', '.join(splits.class_names[:5])}, ...) than '{artifact}' "
                         f"({', '.join(classes[:5])}, ...); give data of the same classes")
     val = data.make_loader(splits.val, train=False, batch_size=batch_size, workers=workers, flip=splits.flip, **metadata)
-    return top1(run, val, "cpu"), len(splits.val)
+    with data.naming_images(val):
+        return top1(run, val, "cpu"), len(splits.val)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
