@@ -95,14 +95,16 @@ def examine(spec: str, img_size: int | None = None, exports: bool = True) -> dic
     row["frozen"] = float(macs[macs == least].sum() / macs.sum())
     row["why"] = [[f.reason, f.channels] for f in sorted(space.frozen, key=lambda f: -f.channels)[:3]]
     if space.full_macs > LARGE_MACS and img_size is None:
-        half = source.input_size[1] // 64 * 32
-        try:
-            source = load_source(spec, num_classes=CLASSES, pretrained=False, img_size=half)
-            captured = capture(source.module, source.input_size)
-            space = Space(captured.network)
+        size = source.input_size[1]
+        for half in (size // 64 * 32, size // 28 * 14):  # multiples of most networks' strides, and of patches of 14
+            try:
+                smaller = load_source(spec, num_classes=CLASSES, pretrained=False, img_size=half)
+                found = capture(smaller.module, smaller.input_size)
+            except UserError:  # it does not take that size
+                continue
+            source, captured, space = smaller, found, Space(found.network)
             row["checked_at"] = half
-        except UserError:  # it takes its own size alone
-            pass
+            break
     network = captured.network
     helpers.randomise(network)
     helpers.settle(network)

@@ -40,7 +40,7 @@ class Settings:
     ramp: float = 0.2  #: share of the schedule over which the target falls from 1 to the budget
     freeze: float = 0.3  #: share of the schedule after which widths stand still, exactly on budget
     compile: bool = False  #: run both networks through torch.compile once their shapes stand still, after the freeze
-    hear_every: int = 4  #: steps between two that compute G step 2, of that many times the weight, and rank the channels anew
+    hear_every: int = 1  #: steps between two that compute G step 2, of that many times the weight, and rank the channels anew
 
 
 class S2H:
