@@ -101,30 +101,6 @@ def test_excluded_layers_stay_whole(here):
     assert network.get_submodule("body.4").weight.shape[0] < 24
 
 
-def test_resumed_is_uninterrupted(here, monkeypatch):
-    """Stopped after two of four epochs and resumed, a run ends with the same files, bit for bit."""
-    from s2h_cli import run
-    from s2h_cli.train import checkpoint
-
-    assert s2h(*PRUNE, "--epochs", "4", "-o", "whole") == 0
-    real = checkpoint.save
-
-    def interrupted(path, state):
-        real(path, state)
-        if len(state["rows"]) == 2:
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(run.checkpoint, "save", interrupted)
-    assert s2h(*PRUNE, "--epochs", "4", "-o", "parts") == 2
-    monkeypatch.setattr(run.checkpoint, "save", real)
-    assert s2h(*PRUNE, "--epochs", "4", "-o", "parts", "--resume") == 0
-    assert (here / "whole" / "model.safetensors").read_bytes() == (here / "parts" / "model.safetensors").read_bytes()
-    plans = [json.loads((here / name / "plan.json").read_text()) for name in ("whole", "parts")]
-    assert plans[0] == plans[1]
-    for name in ("summary.csv", "widths.csv"):
-        assert (here / "whole" / name).read_bytes() == (here / "parts" / name).read_bytes()
-
-
 def test_interrupting_keeps_the_checkpoint_and_says_how_to_go_on(here):
     command = [sys.executable, "-m", "s2h_cli", *PRUNE, "--epochs", "500", "-o", "out"]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, env=dict(os.environ))
