@@ -167,13 +167,15 @@ def examine(spec: str, img_size: int | None = None, exports: bool = True) -> dic
         with torch.set_grad_enabled(name in ("graph", "hard", "MACs", "gradients")):
             attempt(row, name, check)
     helpers.settle(small)
+    static_batch = captured.static_batch
+    del source, captured, space, network, y  # exporters need the memory
     if not exports:
         row["skipped"] |= dict.fromkeys(artifacts.EXPORTS, "not run")
     else:
         program = artifacts.Program(small)
         with torch.no_grad():
             expected = [(x, small(x), max(TOLERANCE, 10 * rounding(small, x)))
-                        for x in (helpers.images(small, batch) for batch in ([captured.static_batch] if captured.static_batch else [1, 5]))]
+                        for x in (helpers.images(small, batch) for batch in ([static_batch] if static_batch else [1, 5]))]
         for name in artifacts.EXPORTS:
             attempt(row, name, lambda: export(program, name, expected))
     return row
