@@ -86,7 +86,8 @@ def main() -> None:
 def steps(network, space: Space, flops: float, images: torch.Tensor, targets: torch.Tensor) -> dict:
     """The kinds of step, as functions without arguments."""
     criterion = nn.CrossEntropyLoss()
-    moving, frozen = S2H(network, space, flops), S2H(network, space, flops)
+    # Of every two steps one hears, so that both kinds can be had.
+    moving, frozen = S2H(network, space, flops, Settings(hear_every=2)), S2H(network, space, flops)
     frozen.start_step(1.0)
     for method in (moving, frozen):
         method.network.train()

@@ -95,7 +95,7 @@ class S2H:
             images: (N, C, H, W).
             targets: what `criterion` takes beside logits (N, classes).
         """
-        gates = self.gates if self.frozen else self.masks.keep_probability(self.ranks)
+        gates = self.gates_now()
         soft = self.run_soft(self.soft_parameters(gates), images)
         hard = self.run_hard(self.hard_parameters(None if self.frozen else gates), images)
         alpha = self.settings.alpha
@@ -123,7 +123,6 @@ class S2H:
         """E of each group, (groups,); after the freeze the widths themselves."""
         return self.plan.widths if self.frozen else self.masks.expected_widths().detach().cpu().numpy()
 
-    @torch.no_grad()
     def gates_now(self) -> torch.Tensor:
         """w of each atom, (atoms,)."""
         return self.gates if self.frozen else self.masks.keep_probability(self.ranks)

@@ -61,7 +61,7 @@ class Curves:
         groups = self.part.plan.space.groups
         shares = self.part.expected_widths() / np.array([group.size for group in groups])
         self.widths.append(shares.tolist())
-        self.writer.add_histogram("gates", self.part.gates_now().float().cpu(), at)
+        self.writer.add_histogram("gates", self.part.gates_now().detach().float().cpu(), at)
         # One row a group, in the order of the network, one column an epoch; white is whole.
         image = torch.tensor(self.widths, dtype=torch.float32).T[None]
         self.writer.add_image("width of each group over the epochs", image.repeat_interleave(8, 1).repeat_interleave(8, 2), at)

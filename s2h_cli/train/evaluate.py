@@ -13,7 +13,7 @@ from .. import distributed
 Batch = tuple[torch.Tensor, torch.Tensor]
 
 
-def restate(network: nn.Module, batches: list[torch.Tensor]) -> None:
+def restate(network: nn.Module, batches: list[torch.Tensor], device: torch.device | str) -> None:
     """Re-estimates the batch-norm statistics of a network (fvcore's precise BN) from batches of images (N, C, H, W).
 
     Dropout and stochastic depth are off, as they are in evaluation. Leaves the network in eval mode.
@@ -23,7 +23,7 @@ def restate(network: nn.Module, batches: list[torch.Tensor]) -> None:
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
             module.train()
     if get_bn_modules(network):
-        update_bn_stats(network, batches, num_iters=len(batches))
+        update_bn_stats(network, (images.to(device) for images in batches), num_iters=len(batches))
     network.eval()
 
 

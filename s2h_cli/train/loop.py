@@ -85,11 +85,11 @@ class Training:
         try:
             if self.mixup:
                 images, targets = self.mixup(images, targets)
-            with nullcontext() if last or self.terms.__class__ is _Terms else self.terms.no_sync():
+            with nullcontext() if last or isinstance(self.terms, _Terms) else self.terms.no_sync():
                 with self.autocast():
                     terms = self.terms(images, targets, self.taught(images))
                 self.method.backward({name: self.scaler.scale(term / self.recipe.grad_accum_steps) for name, term in terms.items()})
-        except (torch.OutOfMemoryError, RuntimeError) as error:
+        except RuntimeError as error:
             if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in str(error):
                 raise
             half = max(1, self.recipe.batch_size // 2)
@@ -253,7 +253,7 @@ def fit(method: Any, train: DataLoader, val: DataLoader, recipe: Recipe, watcher
     if training.ema and sum(last["top1_ema" + ending] - last["top1_hard" + ending] for ending in method.parts) > 0:
         method.network.load_state_dict(training.ema.module.state_dict())
         for network in training.hard_networks("ema").values():
-            restate(network, [images.to(training.device) for images in batches])
+            restate(network, batches, training.device)
     return training.rows
 
 
@@ -271,7 +271,7 @@ def evaluate(networks: dict[str, nn.Module], batches: list[torch.Tensor], val: D
     """Top-1 in percent of each network, after its batch-norm statistics were re-estimated on `batches` of images (N, C, H, W)."""
     accuracy = {}
     for name, network in networks.items():
-        restate(network, [images.to(device) for images in batches])
+        restate(network, batches, device)
         accuracy[f"top1_{name}"] = top1(network, val, device)
     return accuracy
 
