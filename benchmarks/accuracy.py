@@ -33,8 +33,9 @@ class Plain:
 
     def start_step(self, progress: float) -> None: ...
 
-    def terms(self, images: torch.Tensor, targets: torch.Tensor, criterion: nn.Module) -> dict[str, torch.Tensor]:
-        return {"task": criterion(self.network(images), targets)}
+    @property
+    def passes(self) -> list:
+        return [lambda images, targets, criterion: {"task": criterion(self.network(images), targets)}]
 
     def backward(self, terms: dict[str, torch.Tensor]) -> None:
         terms["task"].backward()

@@ -161,14 +161,14 @@ def test_a_model_that_cannot_be_pruned_says_why(here, capsys, model, words):
 def test_a_run_that_turns_nan_keeps_its_last_good_checkpoint(here, monkeypatch, capsys):
     from s2h_cli.methods.s2h import S2H
 
-    terms, steps = S2H.terms, []
+    terms, steps = S2H.soft_terms, []
 
     def poisoned(self, images, targets, criterion):
         steps.append(1)
         out = terms(self, images, targets, criterion)
         return {**out, "task": out["task"] * (float("nan") if len(steps) == 8 else 1)}  # step 2 of epoch 3
 
-    monkeypatch.setattr(S2H, "terms", poisoned)
+    monkeypatch.setattr(S2H, "soft_terms", poisoned)
     line = error_of(capsys, *PRUNE, "--epochs", "4", "-o", "out")
     assert "epoch 3, by step 2 of 3" in line
     assert len(torch.load(here / "out" / "checkpoints" / "last", weights_only=True)["rows"]) == 2
@@ -177,15 +177,15 @@ def test_a_run_that_turns_nan_keeps_its_last_good_checkpoint(here, monkeypatch, 
 def test_stopped_in_its_first_epoch_a_run_starts_over(here, monkeypatch, capsys):
     from s2h_cli.methods.s2h import S2H
 
-    terms = S2H.terms
+    terms = S2H.soft_terms
 
     def interrupted(self, *args):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(S2H, "terms", interrupted)
+    monkeypatch.setattr(S2H, "soft_terms", interrupted)
     line = error_of(capsys, *PRUNE, "--epochs", "2", "-o", "out")
     assert "no epoch was finished" in line and "--resume" in line
-    monkeypatch.setattr(S2H, "terms", terms)
+    monkeypatch.setattr(S2H, "soft_terms", terms)
     assert s2h(*PRUNE, "--epochs", "2", "-o", "out", "--resume") == 0
     assert len((here / "out" / "summary.csv").read_text().splitlines()) == 3
 

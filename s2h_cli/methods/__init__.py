@@ -4,8 +4,9 @@ The training loop knows nothing of a method. It uses:
 
     method = Method(network, space, target)            over a captured network; `network`'s parameters are what is trained
     method.start_step(progress)                        before a batch, and at the end; progress through the schedule, 0 to 1
-    method.terms(images, targets, criterion)           {name: term of the loss} of a batch
-    method.backward(terms)                             accumulates their gradients
+    method.passes                                      what a step computes one after the other: functions of (images, targets,
+                                                       criterion) that give {name: term of the loss}
+    method.backward(terms)                             accumulates the gradients of a pass, before the next one starts
     method.optimizers()                                of parameters of its own, beside the network's, as long as they train
     method.state_dict(), method.load_state_dict(state) for checkpoints: all but the network
     method.parts                                       {ending of its columns: part}, one for each budget: {"": method} for one

@@ -40,7 +40,7 @@ class Settings:
     ramp: float = 0.2  #: share of the schedule over which the target falls from 1 to the budget
     freeze: float = 0.3  #: share of the schedule after which widths stand still, exactly on budget
     compile: bool = False  #: run both networks through torch.compile once their shapes stand still, after the freeze
-    hear_every: int = 1  #: steps between two that compute G step 2, of that many times the weight, and rank the channels anew
+    hear_every: int = 1  #: steps between two that compute G step 2, of that many times the weight
 
 
 class S2H:
@@ -82,33 +82,41 @@ class S2H:
         if progress >= self.settings.freeze:
             self._freeze()
         else:
-            if self.hears:
-                self.ranks = self.importance.ranks()
+            self.ranks = self.importance.ranks()
             widths = self.masks.hard_widths().detach().cpu().numpy().astype(int)
             self._follow(plan_of_ranks(self.space, widths, self.ranks))
 
-    def terms(self, images: torch.Tensor, targets: torch.Tensor, criterion: Callable) -> dict[str, torch.Tensor]:
-        """The terms of the loss of one batch: L ("task"), G step 1 ("hard"), before the freeze R ("budget") and, on a step that
-        hears the masks, G step 2 ("mask").
+    @property
+    def passes(self) -> list[Callable[..., dict[str, torch.Tensor]]]:
+        """The soft network's, then the hard one's: never are the activations of both in memory."""
+        return [self.soft_terms, self.hard_terms]
+
+    def soft_terms(self, images: torch.Tensor, targets: torch.Tensor, criterion: Callable) -> dict[str, torch.Tensor]:
+        """L ("task"), before the freeze R ("budget") and, on a step that hears the masks, G step 2 ("mask").
 
         Args:
             images: (N, C, H, W).
             targets: what `criterion` takes beside logits (N, classes).
         """
-        gates = self.gates_now()
-        soft = self.run_soft(self.soft_parameters(gates), images)
-        hard = self.run_hard(self.hard_parameters(None if self.frozen else gates), images)
-        alpha = self.settings.alpha
-        terms = {"task": criterion(soft, targets), "hard": alpha * divergence(soft.detach(), hard)}
+        soft = self.run_soft(self.soft_parameters(), images)
+        self.soft_logits = soft.detach()
+        terms = {"task": criterion(soft, targets)}
         if not self.frozen:
             if self.hears:
-                terms["mask"] = self.settings.hear_every * alpha * divergence(soft, hard.detach())
+                with torch.no_grad():
+                    hard = self.run_hard(self.hard_parameters(), images)
+                terms["mask"] = self.settings.hear_every * self.settings.alpha * divergence(soft, hard)
             macs = self.space.macs.differentiable(self.masks.hard_widths())
             terms["budget"] = self.settings.beta * (macs / self.space.full_macs - self.budget) ** 2
         return terms
 
+    def hard_terms(self, images: torch.Tensor, targets: torch.Tensor, criterion: Callable) -> dict[str, torch.Tensor]:
+        """G step 1 ("hard"), against the logits of the soft pass. Arguments as of `soft_terms`."""
+        hard = self.run_hard(self.hard_parameters(None if self.frozen else self.gates_now()), images)
+        return {"hard": self.settings.alpha * divergence(self.soft_logits, hard)}
+
     def backward(self, terms: dict[str, torch.Tensor]) -> None:
-        """Accumulates the gradients of the terms of one batch."""
+        """Accumulates the gradients of the terms of a pass."""
         mask_grad = None
         if "mask" in terms:  # G step 2 must not reach the weights: its gradient is taken for u alone, then added
             (mask_grad,) = torch.autograd.grad(terms["mask"], self.masks.u, retain_graph=True)

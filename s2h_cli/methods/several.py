@@ -33,8 +33,9 @@ class Several:
         for part in self.parts.values() if progress >= 1 else [self.now]:
             part.start_step(progress)
 
-    def terms(self, images: torch.Tensor, targets: torch.Tensor, criterion: Callable) -> dict[str, torch.Tensor]:
-        return self.now.terms(images, targets, criterion)
+    @property
+    def passes(self) -> list[Callable]:
+        return self.now.passes
 
     def backward(self, terms: dict[str, torch.Tensor]) -> None:
         self.now.backward(terms)

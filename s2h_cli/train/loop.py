@@ -53,7 +53,7 @@ class Training:
         self.mixup, self.criterion = make_mixup(recipe, classes), make_criterion(recipe)
         self.ema = make_ema(method.network, recipe)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=recipe.amp and recipe.amp_dtype == "float16")
-        self.terms = distributed.parallel(_Terms(method))
+        self.run = distributed.parallel(_Pass(method.network))
         self.rows: list[dict[str, Any]] = []  # one an epoch that has ended
         self.sums: dict[str, torch.Tensor] = {}  # of each term of the loss, in the epoch that runs
         self.position = 0  # batches of it that are done
@@ -69,13 +69,13 @@ class Training:
             for optimizer in self.optimizers():
                 optimizer.zero_grad()
         for name, term in self.forward_backward(images, targets, last).items():
-            self.sums[name] = self.sums.get(name, 0.0) + term.detach().double()
+            self.sums[name] = self.sums.get(name, 0.0) + term.double()
         if last:
             self.update(update)
         self.position = position
 
     def forward_backward(self, images: torch.Tensor, targets: torch.Tensor, last: bool = True) -> dict[str, torch.Tensor]:
-        """Accumulates the gradients of one batch, and returns the terms of the loss.
+        """Accumulates the gradients of one batch, pass by pass, and returns the terms of the loss.
 
         Raises:
             UserError: the memory does not suffice, or the batch is too small for batch norm.
@@ -85,10 +85,13 @@ class Training:
         try:
             if self.mixup:
                 images, targets = self.mixup(images, targets)
-            with nullcontext() if last or isinstance(self.terms, _Terms) else self.terms.no_sync():
-                with self.autocast():
-                    terms = self.terms(images, targets, self.taught(images))
-                self.method.backward({name: self.scaler.scale(term / self.recipe.grad_accum_steps) for name, term in terms.items()})
+            criterion, terms = self.taught(images), {}
+            for run in (passes := self.method.passes):
+                with nullcontext() if last and run == passes[-1] or isinstance(self.run, _Pass) else self.run.no_sync():
+                    with self.autocast():
+                        found = self.run(run, images, targets, criterion)
+                    self.method.backward({name: self.scaler.scale(term / self.recipe.grad_accum_steps) for name, term in found.items()})
+                terms |= {name: term.detach() for name, term in found.items()}
         except RuntimeError as error:
             if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in str(error):
                 raise
@@ -188,16 +191,15 @@ class Training:
             raise UserError(f"the checkpoint does not fit this model ({why(error)}); start a new run") from error
 
 
-class _Terms(nn.Module):
-    """A method's forward pass, as a module of the weights that it trains: what data parallelism wraps."""
+class _Pass(nn.Module):
+    """A forward pass of a method, as a module of the weights that it trains: what data parallelism wraps."""
 
-    def __init__(self, method: Any):
+    def __init__(self, network: nn.Module):
         super().__init__()
-        self.network = method.network
-        self.method = method
+        self.network = network
 
-    def forward(self, images: torch.Tensor, targets: torch.Tensor, criterion: Callable) -> dict[str, torch.Tensor]:
-        return self.method.terms(images, targets, criterion)
+    def forward(self, run: Callable[..., dict[str, torch.Tensor]], *batch: Any) -> dict[str, torch.Tensor]:
+        return run(*batch)
 
 
 def fit(method: Any, train: DataLoader, val: DataLoader, recipe: Recipe, watcher: Watcher, *, classes: int, teacher: nn.Module | None = None,
