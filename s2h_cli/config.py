@@ -48,6 +48,7 @@ class Recipe:
     amp_dtype: str = "bfloat16"
     channels_last: bool = False
     compile: bool = False
+    sync_bn: bool = False
     seed: int = 0
 
 

@@ -161,7 +161,7 @@ def _group_norm(module: nn.Module, node: fx.Node, sizes: Sizes) -> None:
 MODULES: dict[tuple[type, ...], Callable[[nn.Module, fx.Node, Sizes], None]] = {
     (nn.Conv1d, nn.Conv2d, nn.Conv3d): _conv,
     (nn.Linear,): _linear,
-    (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d): _batch_norm,
+    (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm): _batch_norm,
     (nn.LayerNorm,): _layer_norm,
     (nn.GroupNorm,): _group_norm,
 }

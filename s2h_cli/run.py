@@ -53,6 +53,8 @@ def prune(config: Config, console: Console, *, resume: bool = False, dry_run: bo
     """
     check_settings(config)
     device = pick_device(config.device)
+    if config.sync_bn and distributed.WORLD > 1 and device.type == "cpu":
+        raise UserError("--sync-bn needs GPUs: torch has no such batch norm for CPUs; leave it away")
     distributed.join(device)
     resume = resume or (distributed.RESTARTS > 0 and taken(config) is not None)
     folder = Path(distributed.from_first(str(pick_folder(config, resume) if distributed.RANK == 0 else "")))
@@ -138,7 +140,7 @@ def prepare(config: Config, device: torch.device, console: Console, fetch: bool)
     console.print(f"{len(space.groups)} groups, {space.size} prunable channels and heads; target {config.target} of "
                   f"{space.full_macs / 1e6:.1f} M MACs, smallest reachable {space.min_ratio:.4f}", soft_wrap=True)
 
-    kind = partial(S2H, settings=Settings(compile=config.compile)) if config.epochs else OneShot
+    kind = partial(S2H, settings=Settings(compile=config.compile, sync_bn=config.sync_bn)) if config.epochs else OneShot
     method = kind(network, space, config.flops) if len(config.budgets) == 1 else Several(kind, network, space, config.budgets)
     preprocessing = dict(input_size=source.input_size, mean=source.mean, std=source.std, interpolation=source.interpolation,
                          crop_pct=source.crop_pct)

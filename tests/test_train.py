@@ -122,6 +122,15 @@ def test_more_processes_train_the_same_network(here, processes):
     assert plans[0]["kept_indices"] == plans[1]["kept_indices"]
 
 
+def test_batch_norm_over_all_processes(here, monkeypatch):
+    """In a process alone it is batch norm, and what is exported is plain; several need GPUs."""
+    for name, option in (("own", "--no-sync-bn"), ("all", "--sync-bn")):
+        assert s2h(*PRUNE, "--epochs", "2", option, "-o", name) == 0
+    same_results(here, "own", "all")
+    done = torchrun(2, *PRUNE, "--epochs", "2", "--sync-bn", "-o", "two")
+    assert done.returncode and "--sync-bn needs GPUs" in done.stderr
+
+
 def test_a_process_that_fails_ends_the_job_in_one_line(here):
     bad = sorted((here / "data" / "train" / "light").iterdir())[5]
     bad.write_bytes(b"no image")

@@ -40,6 +40,7 @@ class Settings:
     ramp: float = 0.2  #: share of the schedule over which the target falls from 1 to the budget
     freeze: float = 0.3  #: share of the schedule after which widths stand still, exactly on budget
     compile: bool = False  #: run both networks through torch.compile once their shapes stand still, after the freeze
+    sync_bn: bool = False  #: batch-norm statistics of all processes' images
     hear_every: int = 1  #: steps between two that compute G step 2, of that many times the weight
 
 
@@ -50,6 +51,8 @@ class S2H:
         self.network = network
         self.parts = {"": self}
         self.soft = insert_gates(network, space)
+        if settings.sync_bn:  # in the copy that trains, on the same tensors; what is exported stays plain
+            self.soft = nn.SyncBatchNorm.convert_sync_batchnorm(self.soft)
         self.space = space
         self.target = target
         self.settings = settings
