@@ -95,7 +95,7 @@ def steps(network, space: Space, flops: float, images: torch.Tensor, targets: to
         with torch.no_grad():
             method.masks.u.copy_(torch.where(method.masks.candidates.cpu() == widths[:, None], 0.0, -40.0))
         method.network.train()
-        method.hard.train()
+        method.hard.module.train()
     frozen.start_step(1.0)
 
     def run(method: S2H) -> None:
@@ -109,7 +109,7 @@ def steps(network, space: Space, flops: float, images: torch.Tensor, targets: to
 
     def move(hears: bool) -> None:
         moving.steps = 0 if hears else 1
-        moving.plan = None  # as where channels change their order: the hard network is cut anew
+        moving.hard.plan = None  # as where channels change their order: the hard network is cut anew
         moving.start_step(0.0)
         run(moving)
         moving.masks.u.grad = None

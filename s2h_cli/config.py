@@ -59,6 +59,7 @@ class Config(Recipe):
     model: str
     data: str
     flops: float | list[float]  #: budget, or several
+    method: str = "s2h"
     output: str | None = None
     pretrained: bool = True
     weights: str | None = None
@@ -113,6 +114,8 @@ def configure(given: dict[str, Any], recipe: str | None = None, file: Path | Non
         # Where an earlier run wrote to is not asked for again.
         settings |= {name: value for name, value in _read(file, Config).items() if name != "output"}
     settings |= given
+    if settings.get("method") == "dense":
+        settings.setdefault("flops", 1.0)
     for name, example in (("model", "resnet50"), ("data", "--data ./imagenet"), ("flops", "--flops 0.35")):
         if name not in settings:
             raise UserError(f"no {name} is given; name it, such as {example}, or a --config FILE that has it")
@@ -152,7 +155,7 @@ def resumed(config: Config, folder: Path) -> Config:
     if not path.is_file():
         raise UserError(f"nothing to resume: no args.yaml in '{folder}'; leave --resume away or name the run's folder with -o")
     saved = configure(_read(path, Config))
-    for name in ("model", "data", "flops"):
+    for name in ("model", "data", "flops", "method"):
         if getattr(saved, name) != getattr(config, name):
             raise UserError(f"cannot resume: '{folder}' was started with {name} {getattr(saved, name)}, "
                             f"not {getattr(config, name)}; ask for the same, or start a new run")

@@ -21,8 +21,8 @@ from .errors import UserError
 from .files import writing
 from .graph import capture, to_device
 from .masks import check_reachable
+from .methods import METHODS
 from .methods.oneshot import OneShot
-from .methods.s2h import S2H, Settings
 from .methods.several import Several
 from .plan import Plan, Space
 from .report.curves import Curves, check_log, start_log
@@ -100,8 +100,14 @@ class Job(NamedTuple):
 
 def check_settings(config: Config) -> None:
     """Raises UserError for a setting that cannot be meant, before anything is loaded."""
+    if config.method not in METHODS:
+        raise UserError(f"no --method {config.method}; choose from {', '.join(METHODS)}")
+    if config.method == "dense" and config.budgets != [1.0]:
+        raise UserError(f"--method dense cuts nothing; leave --flops {config.target} away")
+    if config.method != "s2h" and len(config.budgets) > 1:
+        raise UserError(f"--flops {config.target} names several budgets, which --method s2h alone trains in one run; give one")
     for budget in config.budgets:
-        if not 0 < budget < 1:
+        if not 0 < budget < 1 and config.method != "dense":
             raise UserError(f"--flops {budget:g} is no share of the MACs; give a number between 0 and 1, such as 0.35")
     check(config)
     check_log(config.log)
@@ -140,7 +146,7 @@ def prepare(config: Config, device: torch.device, console: Console, fetch: bool)
     console.print(f"{len(space.groups)} groups, {space.size} prunable channels and heads; target {config.target} of "
                   f"{space.full_macs / 1e6:.1f} M MACs, smallest reachable {space.min_ratio:.4f}", soft_wrap=True)
 
-    kind = partial(S2H, settings=Settings(compile=config.compile, sync_bn=config.sync_bn)) if config.epochs else OneShot
+    kind = partial(METHODS[config.method], compile=config.compile, sync_bn=config.sync_bn) if config.epochs else OneShot
     method = kind(network, space, config.flops) if len(config.budgets) == 1 else Several(kind, network, space, config.budgets)
     preprocessing = dict(input_size=source.input_size, mean=source.mean, std=source.std, interpolation=source.interpolation,
                          crop_pct=source.crop_pct)

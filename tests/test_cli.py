@@ -258,3 +258,30 @@ def test_foreign_classes_are_not_evaluated(here, capsys):
 def test_help_ends_in_an_example(capsys, command):
     assert s2h(command, "--help") == 0
     assert f"Example: s2h {command}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("method", ["dense", "uniform", "random", "magnitude"])
+def test_every_method_trains_through_the_same_command(here, method):
+    budget = ["--flops", "0.4"] if method != "dense" else []
+    assert s2h(*(a for a in PRUNE if a not in ("--flops", "0.4")), *budget, "--method", method, "--epochs", "3", "-o", "out") == 0
+    macs = json.loads((here / "out" / "plan.json").read_text())["macs"]
+    assert macs["ratio"] == 1 if method == "dense" else 0.2 < macs["ratio"] <= 0.4
+    ratios = [float(row["ratio"]) for row in csv.DictReader(open(here / "out" / "summary.csv"))]
+    assert ratios[-1] == pytest.approx(macs["ratio"], rel=1e-5) and (ratios[0] == 1) == (method in ("dense", "magnitude"))
+
+
+def test_a_dense_run_is_where_a_pruning_run_starts(here):
+    """Its weights load by --weights, and its folder teaches."""
+    assert s2h(*(a for a in PRUNE if a not in ("--flops", "0.4")), "--method", "dense", "--epochs", "2", "-o", "dense") == 0
+    assert s2h(*PRUNE, "--weights", "dense/model.safetensors", "--teacher", "dense", "--epochs", "1", "-o", "out") == 0
+
+
+@pytest.mark.parametrize("options, words", [
+    (["--method", "best"], ["--method best", "s2h", "uniform"]),
+    (["--method", "dense"], ["cuts nothing", "--flops 0.4"]),
+    (["--method", "uniform", "--flops", "0.2,0.4"], ["several budgets", "--method s2h"]),
+])
+def test_a_method_that_cannot_be_meant(here, capsys, options, words):
+    line = error_of(capsys, *PRUNE, "--epochs", "1", *options)
+    for word in words:
+        assert word in line

@@ -51,7 +51,7 @@ class Computed(nn.Module):
 def in_float64(method):
     method.masks.double()
     method.soft.double()
-    method.operands = {name: tensor.double() for name, tensor in method.operands.items()}
+    method.operands = method.hard.operands = {name: tensor.double() for name, tensor in method.operands.items()}
     method.gates = method.gates.double()
     return method
 
@@ -65,7 +65,7 @@ def method(request):
         method.masks.u.normal_()
     method.start_step(0.1)
     method.network.train()
-    method.hard.train()
+    method.hard.module.train()
     return method
 
 
@@ -80,7 +80,7 @@ def soft_logits(method, images, gates):
 
 
 def hard_logits(method, images, gates=None):
-    return functional_call(method.hard, method.hard_parameters(gates), (images,))
+    return functional_call(method.hard.module, method.hard_parameters(gates), (images,))
 
 
 def terms(method, batch):
@@ -165,11 +165,11 @@ def test_the_first_step_of_g_reaches_u_through_the_estimator(method, batch):
         estimator = 1 - w + keep_probability(method, v)  # m - w + w, on kept channels
         parameters = method.hard_parameters()
         for (name, dim), parts in method.read_parts.items():
-            kept = method.indices[name][dim]
+            kept = method.hard.indices[name][dim]
             gates = torch.cat([estimator, torch.ones(1)])[parts].prod(1)
             gates = gates if kept is None else gates[kept]
             parameters[name] = parameters[name] * gates.view([-1 if d == dim else 1 for d in range(parameters[name].dim())])
-        return ALPHA * divergence(soft, functional_call(method.hard, parameters, (images,)))
+        return ALPHA * divergence(soft, functional_call(method.hard.module, parameters, (images,)))
 
     assert gradient.abs().max() > 1e-6
     torch.testing.assert_close(gradient, numeric_gradient(gap, u.detach()), rtol=1e-5, atol=1e-8)
@@ -305,7 +305,7 @@ def test_going_on_from_a_saved_state_is_going_on(method, batch):
     other.load_state_dict(state)
     for m in (method, other):
         m.network.train()
-        m.hard.train()
+        m.hard.module.train()
         m.start_step(0.2)
         step(m, batch)
         for optimizer in m.optimizers():

@@ -39,7 +39,7 @@ def same_results(here, one, other, files=RESULTS):
 def weights(here, folder):
     """All that was trained: weights and masks of the last checkpoint, and what was kept."""
     state = checkpoint.load(here / folder / "checkpoints" / "last")
-    return {**state["network"], "u": state["method"]["masks"]["u"]}, state["method"]["keep"]
+    return {**state["network"], "u": state["method"]["masks"]["u"]}, state["method"]["hard"]["keep"]
 
 
 class Killed(BaseException):

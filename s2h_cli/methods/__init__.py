@@ -2,7 +2,9 @@
 
 The training loop knows nothing of a method. It uses:
 
-    method = Method(network, space, target)            over a captured network; `network`'s parameters are what is trained
+    method = Method(network, space, target,            over a captured network; `network`'s parameters are what is trained
+                    compile=, sync_bn=)                `compile`: networks go through torch.compile once their shapes stand still;
+                                                       `sync_bn`: batch-norm statistics of all processes' images, while training
     method.start_step(progress)                        before a batch, and at the end; progress through the schedule, 0 to 1
     method.passes                                      what a step computes one after the other: functions of (images, targets,
                                                        criterion) that give {name: term of the loss}
@@ -20,3 +22,9 @@ and of each part:
 
 A method without training has `network` and `parts` alone, and its parts no widths and gates to draw.
 """
+
+from . import cut
+from .s2h import S2H
+
+#: By the names of `--method`.
+METHODS = {"s2h": S2H, "dense": cut.Dense, "uniform": cut.Uniform, "random": cut.Random, "magnitude": cut.Magnitude}

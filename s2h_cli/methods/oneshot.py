@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import numpy as np
 from torch import fx, nn
 
-from ..masks import Importance, fit_budget
-from ..plan import Plan, Space
+from ..masks import Importance
+from ..plan import Space
 from ..rebuild import rebuild
+from .cut import by_magnitude
 
 
 class OneShot:
@@ -16,12 +16,7 @@ class OneShot:
     def __init__(self, network: fx.GraphModule, space: Space, target: float):
         self.network = network
         self.parts = {"": self}
-        importance = Importance(space, dict(network.named_parameters()))().cpu().numpy()
-        value = []
-        for group in space.groups:
-            ranked = np.sort(importance[group.start:group.stop])[::-1] / max(importance[group.start:group.stop].mean(), 1e-12)
-            value.append(np.array([ranked[n - 1] for n in group.candidates]))  # of the least channel that a step brings
-        self.plan = Plan.from_widths(space, fit_budget(space, value, target), importance)
+        self.plan = by_magnitude(space, target, Importance(space, dict(network.named_parameters()))().cpu().numpy())
         self.small = rebuild(network, self.plan)
 
     def networks(self) -> dict[str, nn.Module]:

@@ -55,7 +55,8 @@ class Curves:
         for name, value in row.items():
             if name.startswith("top1_") and name.endswith(self.ending):
                 self.writer.add_scalar(f"top1/{name.removeprefix('top1_').removesuffix(self.ending)}", value, at)
-        self.writer.add_scalar("top1/soft minus hard", row["top1_soft" + self.ending] - row["top1_hard" + self.ending], at)
+        if "top1_soft" + self.ending in row:
+            self.writer.add_scalar("top1/soft minus hard", row["top1_soft" + self.ending] - row["top1_hard" + self.ending], at)
         self.writer.add_scalar("train/lr", row["lr"], at)
         self.writer.add_scalar("train/seconds an epoch", seconds, at)
         groups = self.part.plan.space.groups

@@ -117,11 +117,9 @@ def closing(result: dict[str, Any]) -> Table:
     facts = result["facts"]
     macs, params = facts["macs"], facts["params"]
     table = _table("Result", "", ">before", ">after", "*")
-    table.add_row("top-1 %, soft network", "", _percent(result["top1"]["soft"]), "")
-    table.add_row("top-1 %, hard network", "", _percent(result["top1"]["hard"]), "")
-    if "ema" in result["top1"]:
-        table.add_row("top-1 %, hard, averaged", "", _percent(result["top1"]["ema"]), "exported where it is better")
-    table.add_row("top-1 %, exported", "", _percent(result["top1"]["exported"]), result["checked"])
+    remarks = {"ema": "hard network, averaged; exported where it is better", "exported": result["checked"]}
+    for kind, accuracy in result["top1"].items():
+        table.add_row(f"top-1 %, {kind}", "", _percent(accuracy), remarks.get(kind, f"{kind} network"))
     table.add_row("MACs", quantity(macs["full"]), quantity(macs["pruned"]), f"ratio {macs['ratio']:.4f}, target {macs['target']:g}")
     table.add_row("parameters", quantity(params["full"]), quantity(params["pruned"]), f"ratio {params['ratio']:.4f}")
     before, after = result["bytes"]

@@ -1,0 +1,121 @@
+"""The controls: the whole network trains up to a point of the schedule, is cut there once, and what is left trains on.
+
+    dense      never cut
+    uniform    cut before the first step: the same share of every group, its channels of greatest L1 norm
+    random     cut before the first step: widths drawn at random, scaled to the budget, and channels drawn at random
+    magnitude  cut at half of the schedule: the channels of least L1 norm, each group's on a scale of its own mean, go first
+
+What is left keeps the weights that it had. With `--teacher` all of them are distilled.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Callable
+
+import numpy as np
+import torch
+from torch import fx, nn
+
+from ..masks import Importance, fit_budget
+from ..plan import Plan, Space
+from .hard import HardNetwork
+
+Choose = Callable[[Space, float, np.ndarray], Plan]
+
+
+class Cut:
+    """Trains one network, on the weights of the whole one.
+
+    Args:
+        choose: the plan, of space, budget and importance (atoms,).
+        at: share of the schedule after which it is cut.
+        compile, sync_bn: as in `s2h_cli.methods`.
+    """
+
+    def __init__(self, network: fx.GraphModule, space: Space, target: float, *, choose: Choose, at: float,
+                 compile: bool = False, sync_bn: bool = False):
+        self.network, self.space, self.target, self.choose, self.at, self.compile = network, space, target, choose, at, compile
+        self.parts = {"": self}
+        weights = dict(network.named_parameters())
+        self.importance = Importance(space, weights)
+        self.hard = HardNetwork(network, weights, Plan(space, np.ones(space.size, bool)), sync_bn)
+        self.is_cut = False
+
+    @property
+    def plan(self) -> Plan:
+        return self.hard.plan
+
+    def start_step(self, progress: float) -> None:
+        if progress >= self.at and not self.is_cut:
+            importance = self.importance().cpu().numpy()
+            self.hard.follow(self.choose(self.space, self.target, importance))
+            self._stand_still()
+
+    @property
+    def passes(self) -> list[Callable[..., dict[str, torch.Tensor]]]:
+        return [self.terms]
+
+    def terms(self, images: torch.Tensor, targets: torch.Tensor, criterion: Callable) -> dict[str, torch.Tensor]:
+        return {"task": criterion(self.hard.run(self.hard.parameters(), images), targets)}
+
+    def backward(self, terms: dict[str, torch.Tensor]) -> None:
+        terms["task"].backward()
+
+    def optimizers(self) -> list[torch.optim.Optimizer]:
+        return []
+
+    def expected_widths(self) -> np.ndarray:
+        return self.plan.widths
+
+    def gates_now(self) -> torch.Tensor:
+        return torch.from_numpy(self.plan.keep)
+
+    def networks(self) -> dict[str, nn.Module]:
+        return {"hard": self.hard.evaluated()}
+
+    def result(self) -> fx.GraphModule:
+        return self.hard.result(self.network)
+
+    def state_dict(self) -> dict:
+        return {"hard": self.hard.state_dict(), "is_cut": self.is_cut}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.hard.load_state_dict(state["hard"])
+        if state["is_cut"]:
+            self._stand_still()
+
+    def _stand_still(self) -> None:
+        self.is_cut = True
+        if self.compile:
+            self.hard.run = torch.compile(self.hard.run)
+
+
+def whole(space: Space, target: float, importance: np.ndarray) -> Plan:
+    return Plan(space, np.ones(space.size, bool))
+
+
+def uniform(space: Space, target: float, importance: np.ndarray) -> Plan:
+    value = [-np.array(group.candidates) / group.size for group in space.groups]
+    return Plan.from_widths(space, fit_budget(space, value, target), importance)
+
+
+def at_random(space: Space, target: float, importance: np.ndarray) -> Plan:
+    """From torch's random numbers: those of the step."""
+    shares = 0.1 + 0.9 * torch.rand(len(space.groups)).numpy()
+    value = [-np.array(group.candidates) / group.size / share for group, share in zip(space.groups, shares)]
+    return Plan.from_widths(space, fit_budget(space, value, target), torch.rand(space.size).numpy())
+
+
+def by_magnitude(space: Space, target: float, importance: np.ndarray) -> Plan:
+    value = []
+    for group in space.groups:
+        ranked = np.sort(importance[group.start:group.stop])[::-1] / max(importance[group.start:group.stop].mean(), 1e-12)
+        value.append(np.array([ranked[n - 1] for n in group.candidates]))  # of the least channel that a step brings
+    return Plan.from_widths(space, fit_budget(space, value, target), importance)
+
+
+Dense = partial(Cut, choose=whole, at=0.0)
+Uniform = partial(Cut, choose=uniform, at=0.0)
+Random = partial(Cut, choose=at_random, at=0.0)
+Magnitude = partial(Cut, choose=by_magnitude, at=0.5)

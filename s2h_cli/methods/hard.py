@@ -1,0 +1,79 @@
+"""The hard network: the small network of a plan, really sliced, on the weights that it shares with the whole one."""
+
+from __future__ import annotations
+
+from typing import Callable
+
+import numpy as np
+import torch
+from torch import fx, nn
+from torch.func import functional_call
+
+from ..plan import Plan
+from ..rebuild import Indices, kept_indices, rebuild, resize, skeleton, slice_parameters
+
+
+class HardNetwork:
+    """Follows plans, and has buffers of its own (batch-norm statistics).
+
+    Args:
+        network: the whole network, or its copy with gates (`rebuild.insert_gates`).
+        operands: its tensors that are sliced: parameters and inserted gates, by name.
+        plan: to follow first.
+        sync_bn: batch-norm statistics of all processes' images, while training.
+    """
+
+    def __init__(self, network: fx.GraphModule, operands: dict[str, torch.Tensor], plan: Plan, sync_bn: bool = False):
+        self.whole, self.operands = network, operands
+        self.module = skeleton(network)
+        if sync_bn:
+            self.module = nn.SyncBatchNorm.convert_sync_batchnorm(self.module)
+        self.run = runner(self.module)
+        self.plan: Plan | None = None
+        self.indices: Indices = {}
+        self.follow(plan)
+
+    def follow(self, plan: Plan) -> None:
+        """Makes it the network of `plan`."""
+        if self.plan is None or not np.array_equal(plan.keep, self.plan.keep):
+            self.plan = plan
+            self.indices = kept_indices(plan, next(iter(self.operands.values())).device)
+            resize(self.module, self.whole, plan, self.indices)
+
+    def parameters(self) -> dict[str, torch.Tensor]:
+        return slice_parameters(self.operands, self.indices)
+
+    def evaluated(self) -> nn.Module:
+        return Forward(self.module, self.parameters)
+
+    def result(self, network: fx.GraphModule) -> fx.GraphModule:
+        """The network, cut, with weights of its own: what is written to disk."""
+        small = rebuild(network, self.plan)
+        for name, buffer in small.named_buffers():
+            buffer.copy_(self.module.get_buffer(name))
+        return small
+
+    def state_dict(self) -> dict:
+        return {"keep": torch.from_numpy(self.plan.keep), "buffers": dict(self.module.named_buffers())}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.follow(Plan(self.plan.space, state["keep"].cpu().numpy()))
+        for name, buffer in state["buffers"].items():
+            self.module.get_buffer(name).copy_(buffer)
+
+
+def runner(network: fx.GraphModule) -> Callable[[dict[str, torch.Tensor], torch.Tensor], torch.Tensor]:
+    """The network as a function of parameters and images (N, C, H, W)."""
+    return lambda parameters, images: functional_call(network, parameters, (images,))
+
+
+class Forward(nn.Module):
+    """A network run on parameters that a function supplies: soft and hard network as ordinary modules, for evaluation."""
+
+    def __init__(self, network: fx.GraphModule, parameters: Callable[[], dict[str, torch.Tensor]]):
+        super().__init__()
+        self.network = network
+        self.parameters_now = parameters
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return runner(self.network)(self.parameters_now(), images)
