@@ -40,7 +40,7 @@ def prune(
     data: Annotated[Optional[str], DATA] = None,
     flops: Annotated[Optional[str], setting(f"Share of the whole network's MACs that remains, at the training resolution: {CONVENTION}. Several, such as "
                                             "0.15,0.35, give a result each from one run.")] = None,
-    method: Annotated[Optional[str], setting("s2h; or a control: dense (cuts nothing: a network to start from), uniform, random, magnitude.",
+    method: Annotated[Optional[str], setting("s2h, stp, epsd, dmp (masks alone); or a control: dense (cuts nothing: a network to start from), uniform, random, magnitude.",
                                              default=Config.method)] = None,
     output: Annotated[Optional[str], setting("Result folder. [default: runs/MODEL-fSHARE, numbered]", "-o", "--output")] = None,
     recipe: Annotated[Optional[str], setting("Settings by name, or from a .yaml file; options given here go before. See s2h recipes.")] = None,

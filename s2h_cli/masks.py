@@ -121,6 +121,20 @@ def gated(weight: torch.Tensor, dim: int, gates: torch.Tensor, parts: torch.Tens
     return weight * gate.view([-1 if d == dim else 1 for d in range(weight.dim())])
 
 
+def gate_reads(operands: dict[str, torch.Tensor], read_parts: dict[tuple[str, int], torch.Tensor], gates: torch.Tensor) -> dict[str, torch.Tensor]:
+    """All operands; those that read prunable channels are gated along the dimension that reads.
+
+    Args:
+        operands: parameters and inserted gates, by name.
+        read_parts: see `Space.read_parts`.
+        gates: one for each atom, (atoms,).
+    """
+    out = dict(operands)
+    for (name, dim), parts in read_parts.items():
+        out[name] = gated(out[name], dim, gates, parts)
+    return out
+
+
 def plan_of_ranks(space: Space, widths: np.ndarray, ranks: torch.Tensor) -> Plan:
     """Keeps the first `widths` ranks of each group."""
     return Plan(space, ranks.cpu().numpy() < np.repeat(widths, space.full))

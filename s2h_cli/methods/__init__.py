@@ -24,7 +24,10 @@ A method without training has `network` and `parts` alone, and its parts no widt
 """
 
 from . import cut
-from .s2h import S2H
+from .epsd import EPSD
+from .s2h import DMP, S2H
+from .stp import STP
 
 #: By the names of `--method`.
-METHODS = {"s2h": S2H, "dense": cut.Dense, "uniform": cut.Uniform, "random": cut.Random, "magnitude": cut.Magnitude}
+METHODS = {"s2h": S2H, "stp": STP, "epsd": EPSD, "dmp": DMP,
+           "dense": cut.Dense, "uniform": cut.Uniform, "random": cut.Random, "magnitude": cut.Magnitude}

@@ -16,6 +16,7 @@ what was measured).
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Callable
 
 import numpy as np
@@ -23,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
-from ..masks import Importance, Masks, fit_budget, gated, plan_of_ranks
+from ..masks import Importance, Masks, fit_budget, gate_reads, gated, plan_of_ranks
 from ..plan import Plan, Space
 from ..rebuild import insert_gates
 from .hard import Forward, HardNetwork, runner
@@ -184,12 +185,7 @@ class S2H:
 
     def soft_parameters(self, gates: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
         """All weights; those that read prunable channels are gated along their input dimension."""
-        if gates is None:
-            gates = self.gates_now()
-        out = dict(self.operands)
-        for (name, dim), parts in self.read_parts.items():
-            out[name] = gated(out[name], dim, gates, parts)
-        return out
+        return gate_reads(self.operands, self.read_parts, self.gates_now() if gates is None else gates)
 
     def hard_parameters(self, gates: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
         """The sliced weights. With `gates` (w), those that read are multiplied by m_hat: 1 in value, w in gradient."""
@@ -219,3 +215,7 @@ class S2H:
 def divergence(p: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
     """KL(softmax(p) || softmax(q)) of logits (N, classes), the mean over the batch."""
     return F.kl_div(q.log_softmax(1), p.log_softmax(1), reduction="batchmean", log_target=True)
+
+
+#: Differentiable masks alone: nothing distils, and the network is cut at the end. The baseline that has the gap.
+DMP = partial(S2H, settings=Settings(hears=("task",), teaches=False, freeze=1.0))
