@@ -80,18 +80,40 @@ def examine(spec: str, img_size: int | None = None, exports: bool = True) -> dic
     """
     row: dict[str, Any] = {"failed": {}, "skipped": {}}
     try:
-        source = load_source(spec, num_classes=CLASSES, pretrained=False, img_size=img_size)
-        row["parameters"] = helpers.parameter_count(source.module)
-        row["input"] = list(source.input_size)
-        start = time.perf_counter()
-        captured = capture(source.module, source.input_size)
-        row["capture_s"] = time.perf_counter() - start
-        row["notes"] = captured.notes
-        start = time.perf_counter()
-        space = Space(captured.network)
-        row["label_s"] = time.perf_counter() - start
+        small, batches = compare(row, spec, img_size)
     except UserError as error:
         return {**row, "refused": str(error)}
+    # The network that was cut is out of memory by now: exporters need it.
+    if not exports:
+        row["skipped"] |= dict.fromkeys(artifacts.EXPORTS, "not run")
+    else:
+        program = artifacts.Program(small)
+        with torch.no_grad():
+            expected = [(x, small(x), max(TOLERANCE, 10 * rounding(small, x))) for x in (helpers.images(small, batch) for batch in batches)]
+        for name in artifacts.EXPORTS:
+            attempt(row, name, lambda: export(program, name, expected))
+    return row
+
+
+def compare(row: dict[str, Any], spec: str, img_size: int | None) -> tuple[torch.fx.GraphModule, list[int]]:
+    """Fills in the facts of a model and every column but those of the formats.
+
+    Returns:
+        The small network, and the sizes of batch that it takes.
+
+    Raises:
+        UserError: the model cannot be built, captured or pruned.
+    """
+    source = load_source(spec, num_classes=CLASSES, pretrained=False, img_size=img_size)
+    row["parameters"] = helpers.parameter_count(source.module)
+    row["input"] = list(source.input_size)
+    start = time.perf_counter()
+    captured = capture(source.module, source.input_size)
+    row["capture_s"] = time.perf_counter() - start
+    row["notes"] = captured.notes
+    start = time.perf_counter()
+    space = Space(captured.network)
+    row["label_s"] = time.perf_counter() - start
     row.update(groups=len(space.groups), channels=space.size, macs=space.full_macs, min_ratio=space.min_ratio,
                unknown={op: len(nodes) for op, nodes in space.unknown.items()})
     macs, least = space.macs.by_row(space.full), space.macs.by_row(space.least)
@@ -170,18 +192,7 @@ def examine(spec: str, img_size: int | None = None, exports: bool = True) -> dic
         with torch.set_grad_enabled(name in ("graph", "hard", "MACs", "gradients")):
             attempt(row, name, check)
     helpers.settle(small)
-    static_batch = captured.static_batch
-    del source, captured, space, network, y  # exporters need the memory
-    if not exports:
-        row["skipped"] |= dict.fromkeys(artifacts.EXPORTS, "not run")
-    else:
-        program = artifacts.Program(small)
-        with torch.no_grad():
-            expected = [(x, small(x), max(TOLERANCE, 10 * rounding(small, x)))
-                        for x in (helpers.images(small, batch) for batch in ([static_batch] if static_batch else [1, 5]))]
-        for name in artifacts.EXPORTS:
-            attempt(row, name, lambda: export(program, name, expected))
-    return row
+    return small, [captured.static_batch] if captured.static_batch else [1, 5]
 
 
 def random_plan(space: Space, seed: int = 0) -> Plan:

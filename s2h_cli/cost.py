@@ -33,11 +33,8 @@ def _axes(tensor: Tensor, start: int = 0, stop: int | None = None) -> list[Axis]
     return list(zip(tensor.shape, tensor.dims))[start:stop]
 
 
-def _conv(args: tuple, out: Tensor) -> list[Product]:
-    return [(1, _axes(out) + _axes(args[1], 1))]
-
-
-def _linear(args: tuple, out: Tensor) -> list[Product]:
+def _weighted(args: tuple, out: Tensor) -> list[Product]:
+    """Of a convolution or a linear layer: each output sums over all that one row of the weight reads."""
     return [(1, _axes(out) + _axes(args[1], 1))]
 
 
@@ -95,7 +92,7 @@ def contracted(equation: str, shapes: list[tuple[int, ...]]) -> int:
 
 
 FORMULAS: dict[str, Callable[[tuple, Tensor], list[Product]]] = {
-    "conv1d": _conv, "conv2d": _conv, "conv3d": _conv, "linear": _linear, "matmul": _matmul, "bmm": _matmul,
+    **dict.fromkeys(("conv1d", "conv2d", "conv3d", "linear"), _weighted), "matmul": _matmul, "bmm": _matmul,
     "addmm": _add_product, "baddbmm": _add_product,
     **dict.fromkeys(("conv_transpose1d", "conv_transpose2d", "conv_transpose3d"), _transposed_conv),
     "einsum": _einsum, "scaled_dot_product_attention": _attention,

@@ -1,0 +1,72 @@
+"""Images a second that the training's loader gives with the model removed, beside timm's own loader with the same transform.
+
+    python benchmarks/loader.py FOLDER --img-size 224 --workers 0 2
+
+FOLDER is an image folder; without one, 400 JPEGs of 500 x 375 pixels are made. Both loaders are timed in turn, several times.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from timm.data import create_loader
+from timm.data.dataset import ImageDataset
+
+from s2h_cli.config import Recipe, configure
+from s2h_cli.data import make_loader, open_splits
+
+IMAGES, SIZE = 400, (500, 375)
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", nargs="?")
+    parser.add_argument("--img-size", type=int, default=224)
+    parser.add_argument("--batch-size", type=int, default=64)
+    parser.add_argument("--workers", type=int, nargs="+", default=[0, 2])
+    parser.add_argument("--recipe", help="whose augmentation to use, such as imagenet")
+    parser.add_argument("--repeat", type=int, default=3)
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as made:
+        folder = args.folder or make_images(Path(made))
+        recipe = configure({"model": "", "data": folder, "flops": 0.5}, args.recipe) if args.recipe else Recipe()
+        images = open_splits(folder, val_fraction=0.1, seed=0).train
+        print(f"{len(images)} images of '{args.folder or 'made JPEGs, 500 x 375'}', to {args.img_size} px, recipe {args.recipe}")
+        for workers in args.workers:
+            ours = make_loader(images, train=True, input_size=(3, args.img_size, args.img_size), mean=MEAN, std=STD, interpolation="bicubic",
+                               crop_pct=0.95, batch_size=args.batch_size, workers=workers, flip=True, recipe=recipe)
+            theirs = create_loader(ImageDataset(folder), (3, args.img_size, args.img_size), args.batch_size, is_training=True,
+                                   use_prefetcher=False, num_workers=workers, mean=MEAN, std=STD, interpolation="bicubic",
+                                   auto_augment=recipe.aa, re_prob=recipe.reprob, re_mode="pixel", color_jitter=0.4, persistent_workers=False)
+            speeds = {"s2h": [], "timm": []}
+            for epoch in range(args.repeat):
+                ours.set_epoch(epoch)
+                for name, loader in (("s2h", ours), ("timm", theirs)):
+                    started, seen = time.perf_counter(), 0
+                    for batch, _ in loader:
+                        seen += len(batch)
+                    speeds[name].append(seen / (time.perf_counter() - started))
+            print(f"{workers} workers  " + "  ".join(f"{name} {statistics.median(found):.0f} images/s ({min(found):.0f} to {max(found):.0f})"
+                                                    for name, found in speeds.items()))
+
+
+def make_images(folder: Path) -> str:
+    """JPEGs of smooth noise, in two classes: to decode they cost what photographs do."""
+    rng = np.random.default_rng(0)
+    for i in range(IMAGES):
+        path = folder / f"class{i % 2}" / f"{i}.jpg"
+        path.parent.mkdir(exist_ok=True)
+        small = Image.fromarray(rng.integers(0, 256, (SIZE[1] // 8, SIZE[0] // 8, 3), dtype=np.uint8))
+        small.resize(SIZE, Image.Resampling.BICUBIC).save(path, quality=90)
+    return str(folder)
+
+
+if __name__ == "__main__":
+    main()
