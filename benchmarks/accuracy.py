@@ -1,77 +1,183 @@
-"""S2H against two controls that train from scratch for the same epochs: the dense network, and one of uniform widths at the same MACs.
+"""Accuracy of every method at the same budget: from a trained network (scenario A) and from random weights (B), at equal epochs and
+at equal cost.
 
-    python benchmarks/accuracy.py digits resnet18 --flops 0.35 --epochs 20 --img-size 32
-    python benchmarks/accuracy.py FASHION_MNIST_FOLDER resnet10t --flops 0.15 --epochs 8 --img-size 32
+    python benchmarks/accuracy.py fashion FOLDER                       # runs what is missing of a table, then prints it
+    python benchmarks/accuracy.py fashion FOLDER --scenario A --rows s2h uniform+kd --seeds 0 1
 
-Prints a line a run: method, seed, MACs ratio, top-1 of soft and hard network, seconds.
+FOLDER holds the data set as an image folder with `train/` and `val/`; of each class the first images count, as many as the table says.
+A cell is one training run. Its row goes into `benchmarks/accuracy/TABLE.csv` as soon as it ends, and a cell that is there is not run again.
+Cost is in units: one forward and backward of the whole network over the training images once, by PyTorch's counter of operations
+(`torch.utils.flop_counter`) on one step of every ten. Scenario A starts from one dense network, whose cost is not counted and
+which is also the teacher of the rows that have one.
 """
 
 from __future__ import annotations
 
 import argparse
+import csv
+import statistics
+import sys
 import time
+from collections import defaultdict
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
 
-import numpy as np
+import timm
 import torch
-from torch import fx, nn
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from s2h_cli.config import Recipe
-from s2h_cli.data import make_loader, open_splits
+from s2h_cli.data import ImageSet, Splits, make_loader, open_splits
 from s2h_cli.graph import capture
-from s2h_cli.methods.s2h import S2H
-from s2h_cli.plan import Plan, Space
-from s2h_cli.rebuild import rebuild
-from s2h_cli.source import load_source
-from s2h_cli.train.loop import fit
+from s2h_cli.methods import METHODS
+from s2h_cli.methods.s2h import Settings
+from s2h_cli.plan import Space
+from s2h_cli.source import Source, load_source
+from s2h_cli.train.loop import fit, seed_everything
+
+RESULTS = Path(__file__).parent / "accuracy"
+METER_EVERY = 10
 
 
-class Plain:
-    """A network by itself, behind the interface of methods."""
+@dataclass(frozen=True)
+class Row:
+    """One line of a table: a method and how it trains. `cost`: the row at whose cost this one runs, for as many epochs as that buys."""
 
-    def __init__(self, network: fx.GraphModule, plan: Plan):
-        self.network, self.plan, self.parts = network, plan, {"": self}
-
-    def start_step(self, progress: float) -> None: ...
-
-    @property
-    def passes(self) -> list:
-        return [lambda images, targets, criterion: {"task": criterion(self.network(images), targets)}]
-
-    def backward(self, terms: dict[str, torch.Tensor]) -> None:
-        terms["task"].backward()
-
-    def optimizers(self) -> list:
-        return []
-
-    def networks(self) -> dict[str, nn.Module]:
-        return {"hard": self.network}
-
-    def state_dict(self) -> dict:
-        return {}
+    method: str = "s2h"
+    settings: dict[str, Any] = field(default_factory=dict)  #: S2H's, where they are not the defaults
+    teacher: bool = False  #: the dense network teaches beside the targets (scenario A)
+    epochs: float = 1.0  #: as a multiple of the table's
+    cost: str | None = None
 
 
-def dense(network: fx.GraphModule, space: Space, flops: float) -> Plain:
-    return Plain(network, Plan(space, np.ones(space.size, bool)))
+@dataclass(frozen=True)
+class Table:
+    model: str
+    img_size: int
+    train: int  #: images of each class
+    val: int
+    epochs: int
+    dense_epochs: int
+    flops: tuple[float, ...] = (0.15, 0.35)
+    lr: dict[str, float] = field(default_factory=lambda: {"A": 3e-4, "B": 1e-3})
 
 
-def uniform(network: fx.GraphModule, space: Space, flops: float) -> Plain:
-    """The same share of every group, the largest that is within the budget, with weights drawn anew for these widths."""
-    low, high = 0.0, 1.0
-    for _ in range(30):
-        share = (low + high) / 2
-        low, high = (share, high) if space.ratio(_widths(space, share)) <= flops else (low, share)
-    plan = Plan.from_widths(space, _widths(space, low), np.arange(space.size))
-    small = rebuild(network, plan)
-    for module in small.modules():
-        if isinstance(module, nn.Conv2d):
-            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-        elif isinstance(module, nn.Linear):
-            module.reset_parameters()
-    return Plain(small, plan)
+TABLES = {
+    "fashion": Table("resnet10t", 32, 600, 600, epochs=8, dense_epochs=12),
+    "cifar10": Table("resnet10t", 32, 1000, 500, epochs=10, dense_epochs=20),
+    "digits": Table("resnet10t", 32, 1000, 1000, epochs=10, dense_epochs=20),
+}
+
+CONTROLS = ("uniform", "random", "magnitude", "epsd")
+ROWS = {
+    "s2h": Row(),
+    "stp": Row("stp"),
+    "dmp": Row("dmp"),
+    **{name: Row(name) for name in CONTROLS},
+    **{f"{name}+kd": Row(name, teacher=True) for name in CONTROLS},
+    **{f"{name} = cost": Row(name, cost="s2h") for name in CONTROLS},
+    **{f"{name}+kd = cost": Row(name, teacher=True, cost="s2h") for name in CONTROLS},
+    # Which gradients reach masks and weights.
+    "s2h, u without L": Row(settings={"hears": ("hard", "mask")}),
+    "s2h, u without m_hat": Row(settings={"hears": ("task", "mask")}),
+    "s2h, u without step 2": Row(settings={"hears": ("task", "hard")}),
+    "s2h, u by R alone": Row(settings={"hears": ()}),
+    "s2h, hard network not trained": Row(settings={"teaches": False}),
+    "s2h, masks to the end": Row(settings={"freeze": 1.0}),
+}
+
+COLUMNS = ("scenario", "row", "flops", "seed", "epochs", "hard", "soft", "js", "l2", "ratio", "units", "seconds", "widths", "torch", "timm", "command")
 
 
-def _widths(space: Space, share: float) -> np.ndarray:
-    return np.array([max(g.step, round(g.size * share)) for g in space.groups])
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("table", choices=TABLES)
+    parser.add_argument("data")
+    parser.add_argument("--scenario", choices=("A", "B"), nargs="+", default=["A", "B"])
+    parser.add_argument("--rows", nargs="*", choices=ROWS, default=list(ROWS), metavar="ROW")
+    parser.add_argument("--flops", type=float, nargs="+")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    args = parser.parse_args()
+    table, path = TABLES[args.table], RESULTS / f"{args.table}.csv"
+    splits = first_images(open_splits(args.data), table)
+    for scenario in args.scenario:
+        for flops in args.flops or table.flops:
+            for seed in args.seeds:
+                for name in args.rows:
+                    if find(path, scenario, name, flops, seed) is None:
+                        found = run_cell(table, splits, path, scenario, name, flops, seed)
+                        append(path, {"scenario": scenario, "row": name, "flops": flops, "seed": seed, **found,
+                                      "torch": torch.__version__, "timm": timm.__version__,
+                                      "command": f"python benchmarks/accuracy.py {args.table} FOLDER --scenario {scenario} --flops {flops:g} --seeds {seed} --rows '{name}'"})
+    print(summary(path))
+
+
+def run_cell(table: Table, splits: Splits, path: Path, scenario: str, name: str, flops: float, seed: int) -> dict[str, Any]:
+    """Trains one cell; what `COLUMNS` says of it."""
+    row = ROWS[name]
+    source, network = fresh(table, splits, seed)
+    teacher = None
+    if scenario == "A":
+        weights = dense_weights(table, splits, path.with_name(f"{path.stem}-dense.pt"))
+        network.load_state_dict(weights)
+        if row.teacher:
+            teacher = fresh(table, splits, seed)[1]
+            teacher.load_state_dict(weights)
+            teacher.eval().requires_grad_(False)
+    elif row.teacher:
+        return {"epochs": 0}  # there is no trained network to learn from
+    make = partial(METHODS[row.method], settings=replace(Settings(), **row.settings)) if row.settings else METHODS[row.method]
+    method = make(network, Space(network), flops)
+    epochs = round(table.epochs * row.epochs)
+    if row.cost:
+        paid, alone = find(path, scenario, row.cost, flops, seed), find(path, scenario, name.removesuffix(" = cost"), flops, seed)
+        if paid is None or alone is None:
+            sys.exit(f"'{name}' needs the rows '{row.cost}' and '{name.removesuffix(' = cost')}' first")
+        epochs = int(float(paid["units"]) / (float(alone["units"]) / int(alone["epochs"])))
+    meter = Meter(network, source, len(splits.train) // 64)
+    started = time.perf_counter()
+    found = train(method, table, splits, source, epochs, table.lr[scenario], seed, meter, teacher)
+    seconds = time.perf_counter() - started
+    networks = method.networks()
+    other = next((networks[kind] for kind in ("soft", "whole") if kind in networks), None)
+    accuracy = {name.removeprefix("top1_"): value for name, value in found.items() if name.startswith("top1_")}
+    js, l2 = gap(other, networks["hard"], loaders(table, splits, source, seed)[1]) if other else ("", "")
+    return {"epochs": epochs, "hard": accuracy["hard"], "soft": accuracy.get("soft", accuracy.get("whole", "")), "js": js, "l2": l2,
+            "ratio": method.plan.ratio, "units": meter.units(epochs), "seconds": round(seconds), "widths": " ".join(map(str, method.plan.widths))}
+
+
+def fresh(table: Table, splits: Splits, seed: int) -> tuple[Source, Any]:
+    seed_everything(seed, 0)
+    source = load_source(table.model, num_classes=len(splits.class_names), pretrained=False, img_size=table.img_size)
+    return source, capture(source.module, source.input_size).network
+
+
+def loaders(table: Table, splits: Splits, source: Source, seed: int) -> list:
+    loading = dict(input_size=source.input_size, mean=source.mean, std=source.std, interpolation=source.interpolation,
+                   crop_pct=source.crop_pct, batch_size=64, workers=0, flip=splits.flip, seed=seed)
+    return [make_loader(splits.train, train=True, **loading), make_loader(splits.val, train=False, **loading)]
+
+
+def train(method: Any, table: Table, splits: Splits, source: Source, epochs: int, lr: float, seed: int, watcher: Any,
+          teacher: nn.Module | None = None) -> dict[str, Any]:
+    """The last epoch's row of `fit`."""
+    return fit(method, *loaders(table, splits, source, seed), Recipe(epochs=epochs, lr=lr, seed=seed), watcher,
+               classes=len(splits.class_names), teacher=teacher)[-1]
+
+
+def dense_weights(table: Table, splits: Splits, path: Path) -> dict[str, torch.Tensor]:
+    """Of the network that scenario A starts from; trained once and kept."""
+    if not path.exists():
+        source, network = fresh(table, splits, 0)
+        method = METHODS["dense"](network, Space(network), 1.0)
+        row = train(method, table, splits, source, table.dense_epochs, 1e-3, 0, Silent())
+        print(f"dense network: {row['top1_hard']:.2f}", flush=True)
+        path.parent.mkdir(exist_ok=True)
+        torch.save(method.result().state_dict(), path)  # with the statistics that it was evaluated with
+    return torch.load(path, weights_only=True)
 
 
 class Silent:
@@ -79,35 +185,104 @@ class Silent:
     def epoch(self, *_: object) -> None: ...
 
 
-def main() -> None:
-    methods = {"s2h": S2H, "uniform": uniform, "dense": dense}
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("data")
-    parser.add_argument("model")
-    parser.add_argument("--flops", type=float, required=True)
-    parser.add_argument("--epochs", type=int, required=True)
-    parser.add_argument("--img-size", type=int)
-    parser.add_argument("--methods", nargs="+", choices=methods, default=list(methods))
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--lr", type=float, default=1e-3)
-    parser.add_argument("--batch-size", type=int, default=64)
-    args = parser.parse_args()
+class Meter(Silent):
+    """The loop's watcher that counts the operations of one step in every few; `steps` are those of an epoch."""
 
-    splits = open_splits(args.data)
-    for seed in args.seeds:
-        for name in args.methods:
-            torch.manual_seed(seed)
-            source = load_source(args.model, num_classes=len(splits.class_names), pretrained=False, img_size=args.img_size)
-            loading = dict(input_size=source.input_size, mean=source.mean, std=source.std, interpolation=source.interpolation,
-                           crop_pct=source.crop_pct, batch_size=args.batch_size, workers=0, flip=splits.flip, seed=seed)
-            network = capture(source.module, source.input_size).network
-            method = methods[name](network, Space(network), args.flops)
-            started = time.perf_counter()
-            row = fit(method, make_loader(splits.train, train=True, **loading), make_loader(splits.val, train=False, **loading),
-                      Recipe(epochs=args.epochs, lr=args.lr, batch_size=args.batch_size, seed=seed), Silent(),
-                      classes=len(splits.class_names))[-1]
-            print(f"{name:8} seed {seed}  ratio {row['ratio']:.4f}  soft {row.get('top1_soft', float('nan')):.2f}  "
-                  f"hard {row['top1_hard']:.2f}  {time.perf_counter() - started:.0f} s", flush=True)
+    def __init__(self, network: Any, source: Source, steps: int):
+        state = {name: tensor.clone() for name, tensor in network.state_dict().items()}
+        with FlopCounterMode(display=False) as self.counter:
+            network.train()(torch.randn(64, *source.input_size)).square().mean().backward()
+        network.load_state_dict(state)
+        network.zero_grad()
+        self.unit, self.steps, self.counted, self.counting = self.counter.get_total_flops(), steps, [], False
+
+    def step(self, epoch: int, step: int, facts: dict[str, float]) -> None:
+        if self.counting:
+            self.counter.__exit__(None, None, None)
+            self.counted.append(self.counter.get_total_flops())
+        self.counting = step % METER_EVERY == 1 and step < self.steps
+        if self.counting:  # the next step
+            self.counter = FlopCounterMode(display=False).__enter__()
+
+    def units(self, epochs: int) -> float:
+        return statistics.mean(self.counted) / self.unit * epochs
+
+
+@torch.no_grad()
+def gap(soft: nn.Module, hard: nn.Module, loader: Any) -> tuple[float, float]:
+    """Between the two networks' outputs, means over the images: Jensen-Shannon divergence of the probabilities in nats, and the
+    Euclidean distance of the logits."""
+    js, l2 = [], []
+    for images, _ in loader:
+        s, h = soft(images), hard(images)
+        p, q = s.softmax(1), h.softmax(1)
+        middle = ((p + q) / 2).log()
+        js.append(((p * (p.log() - middle)).sum(1) + (q * (q.log() - middle)).sum(1)) / 2)
+        l2.append((s - h).norm(dim=1))
+    return torch.cat(js).mean().item(), torch.cat(l2).mean().item()
+
+
+def first_images(splits: Splits, table: Table) -> Splits:
+    """The first images of each class, as many as the table says."""
+
+    def first(images: ImageSet, count: int) -> ImageSet:
+        seen: dict[int, int] = defaultdict(int)
+        kept = []
+        for i in range(len(images)):
+            target = images.source[i][1]
+            seen[target] += 1
+            if seen[target] <= count:
+                kept.append(images.source[i])
+        return ImageSet(kept, images.origin, images.skip_bad)
+
+    return replace(splits, train=first(splits.train, table.train), val=first(splits.val, table.val))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The rows on disk
+
+
+def read(path: Path) -> list[dict[str, str]]:
+    if not path.exists():
+        return []
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def find(path: Path, scenario: str, name: str, flops: float, seed: int) -> dict[str, str] | None:
+    wanted = (scenario, name, f"{flops:g}", str(seed))
+    return next((r for r in read(path) if (r["scenario"], r["row"], r["flops"], r["seed"]) == wanted), None)
+
+
+def append(path: Path, found: dict[str, Any]) -> None:
+    path.parent.mkdir(exist_ok=True)
+    new = not path.exists()
+    with open(path, "a", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS, restval="")
+        if new:
+            writer.writeheader()
+        writer.writerow({name: f"{value:.4g}" if isinstance(value, float) and name not in ("hard", "soft") else
+                         f"{value:.2f}" if isinstance(value, float) else value for name, value in found.items()})
+    print({name: found.get(name) for name in COLUMNS[:12]}, flush=True)
+
+
+def summary(path: Path) -> str:
+    """A Markdown table of the rows on disk: means over the seeds, and the standard error of the mean of the hard network's accuracy."""
+    cells: dict[tuple, list[dict[str, str]]] = defaultdict(list)
+    for row in read(path):
+        if row["hard"]:
+            cells[row["scenario"], row["flops"], row["row"]].append(row)
+    lines = ["| scenario | flops | row | seeds | epochs | hard, % | ± | soft, % | JS | L2 | cost, units | seconds |", "|" + "---|" * 12]
+    for (scenario, flops, name), rows in sorted(cells.items(), key=lambda cell: (cell[0][:2], -mean(cell[1], "hard"))):
+        hard = [float(row["hard"]) for row in rows]
+        spread = f"{statistics.stdev(hard) / len(hard) ** 0.5:.2f}" if len(hard) > 1 else ""
+        shown = [f"{mean(rows, c):.{d}f}" if rows[0][c] else "" for c, d in (("soft", 2), ("js", 4), ("l2", 2), ("units", 1), ("seconds", 0))]
+        lines.append(f"| {scenario} | {flops} | {name} | {len(rows)} | {rows[0]['epochs']} | {statistics.mean(hard):.2f} | {spread} | {' | '.join(shown)} |")
+    return "\n".join(lines)
+
+
+def mean(rows: list[dict[str, str]], column: str) -> float:
+    return statistics.mean(float(row[column]) for row in rows)
 
 
 if __name__ == "__main__":
