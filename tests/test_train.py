@@ -46,7 +46,8 @@ class Killed(BaseException):
     """Ends a run on the spot, as kill -9 would: nothing catches it."""
 
 
-@pytest.mark.parametrize("options", [[], CAREFUL], ids=["plain", "all at once"])
+@pytest.mark.parametrize("options", [[], CAREFUL, *(["--method", name] for name in ("stp", "epsd", "dmp", "magnitude"))],
+                         ids=["plain", "all at once", "stp", "epsd", "dmp", "magnitude"])
 def test_a_run_stopped_at_any_checkpoint_and_resumed_is_the_run_that_never_stopped(here, monkeypatch, options):
     options = [*options, "--epochs", "3", "--checkpoint-every", "2"]
     real, calls, stop = checkpoint.save, [], 10**9

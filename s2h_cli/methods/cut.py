@@ -15,16 +15,16 @@ from typing import Callable
 
 import numpy as np
 import torch
-from torch import fx, nn
+from torch import fx
 
 from ..masks import Importance, fit_budget
 from ..plan import Plan, Space
-from .hard import HardNetwork
+from .hard import HardMethod, HardNetwork
 
 Choose = Callable[[Space, float, np.ndarray], Plan]
 
 
-class Cut:
+class Cut(HardMethod):
     """Trains one network, on the weights of the whole one.
 
     Args:
@@ -36,15 +36,10 @@ class Cut:
     def __init__(self, network: fx.GraphModule, space: Space, target: float, *, choose: Choose, at: float,
                  compile: bool = False, sync_bn: bool = False):
         self.network, self.space, self.target, self.choose, self.at, self.compile = network, space, target, choose, at, compile
-        self.parts = {"": self}
         weights = dict(network.named_parameters())
         self.importance = Importance(space, weights)
         self.hard = HardNetwork(network, weights, Plan(space, np.ones(space.size, bool)), sync_bn)
         self.is_cut = False
-
-    @property
-    def plan(self) -> Plan:
-        return self.hard.plan
 
     def start_step(self, progress: float) -> None:
         if progress >= self.at and not self.is_cut:
@@ -58,24 +53,6 @@ class Cut:
 
     def terms(self, images: torch.Tensor, targets: torch.Tensor, criterion: Callable) -> dict[str, torch.Tensor]:
         return {"task": criterion(self.hard.run(self.hard.parameters(), images), targets)}
-
-    def backward(self, terms: dict[str, torch.Tensor]) -> None:
-        terms["task"].backward()
-
-    def optimizers(self) -> list[torch.optim.Optimizer]:
-        return []
-
-    def expected_widths(self) -> np.ndarray:
-        return self.plan.widths
-
-    def gates_now(self) -> torch.Tensor:
-        return torch.from_numpy(self.plan.keep)
-
-    def networks(self) -> dict[str, nn.Module]:
-        return {"hard": self.hard.evaluated()}
-
-    def result(self) -> fx.GraphModule:
-        return self.hard.result(self.network)
 
     def state_dict(self) -> dict:
         return {"hard": self.hard.state_dict(), "is_cut": self.is_cut}

@@ -17,14 +17,14 @@ from typing import Callable
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import fx, nn
+from torch import fx
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .. import distributed
 from ..masks import fit_budget, gate_reads
 from ..plan import Plan, Space
 from ..rebuild import insert_gates
-from .hard import HardNetwork, runner
+from .hard import HardMethod, HardNetwork, runner
 
 
 @dataclass(frozen=True)
@@ -38,13 +38,12 @@ class Settings:
     inner_lr: float = 0.01
 
 
-class EPSD:
+class EPSD(HardMethod):
     """Whole for the first steps, then cut. `compile` and `sync_bn` as in `s2h_cli.methods`."""
 
     def __init__(self, network: fx.GraphModule, space: Space, target: float, settings: Settings = Settings(), *,
                  compile: bool = False, sync_bn: bool = False):
         self.network, self.space, self.target, self.settings, self.compile = network, space, target, settings, compile
-        self.parts = {"": self}
         self.weights = dict(network.named_parameters())
         device = next(network.parameters()).device
         self.gated = insert_gates(network, space)
@@ -53,10 +52,6 @@ class EPSD:
         self.hard = HardNetwork(network, self.weights, Plan(space, np.ones(space.size, bool)), sync_bn)
         self.scores = torch.zeros(space.size, device=device)
         self.steps = 0
-
-    @property
-    def plan(self) -> Plan:
-        return self.hard.plan
 
     # -- the interface of methods ---------------------------------------------------------------------------------
 
@@ -77,24 +72,6 @@ class EPSD:
             self.scores += self.score(images, targets, criterion)
         logits = self.hard.run(self.hard.parameters(), images)
         return {"task": criterion(logits, targets), "self": self.settings.weight * class_wise(logits, targets, self.settings.temperature)}
-
-    def backward(self, terms: dict[str, torch.Tensor]) -> None:
-        sum(terms.values()).backward()
-
-    def optimizers(self) -> list[torch.optim.Optimizer]:
-        return []
-
-    def expected_widths(self) -> np.ndarray:
-        return self.plan.widths
-
-    def gates_now(self) -> torch.Tensor:
-        return torch.from_numpy(self.plan.keep)
-
-    def networks(self) -> dict[str, nn.Module]:
-        return {"hard": self.hard.evaluated()}
-
-    def result(self) -> fx.GraphModule:
-        return self.hard.result(self.network)
 
     def state_dict(self) -> dict:
         return {"hard": self.hard.state_dict(), "scores": self.scores, "steps": self.steps}

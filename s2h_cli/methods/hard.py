@@ -62,6 +62,44 @@ class HardNetwork:
             self.module.get_buffer(name).copy_(buffer)
 
 
+class HardMethod:
+    """What every method with a hard network answers (see `s2h_cli.methods`), if no parameters but the network's train.
+
+    Attributes:
+        network: the whole network.
+        hard: its hard network.
+    """
+
+    network: fx.GraphModule
+    hard: HardNetwork
+
+    @property
+    def parts(self) -> dict[str, "HardMethod"]:
+        return {"": self}
+
+    @property
+    def plan(self) -> Plan:
+        return self.hard.plan
+
+    def backward(self, terms: dict[str, torch.Tensor]) -> None:
+        sum(terms.values()).backward()
+
+    def optimizers(self) -> list[torch.optim.Optimizer]:
+        return []
+
+    def expected_widths(self) -> np.ndarray:
+        return self.plan.widths
+
+    def gates_now(self) -> torch.Tensor:
+        return torch.from_numpy(self.plan.keep)
+
+    def networks(self) -> dict[str, nn.Module]:
+        return {"hard": self.hard.evaluated()}
+
+    def result(self) -> fx.GraphModule:
+        return self.hard.result(self.network)
+
+
 def runner(network: fx.GraphModule) -> Callable[[dict[str, torch.Tensor], torch.Tensor], torch.Tensor]:
     """The network as a function of parameters and images (N, C, H, W)."""
     return lambda parameters, images: functional_call(network, parameters, (images,))

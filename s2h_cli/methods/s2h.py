@@ -27,7 +27,7 @@ from torch import fx, nn
 from ..masks import Importance, Masks, fit_budget, gate_reads, gated, plan_of_ranks
 from ..plan import Plan, Space
 from ..rebuild import insert_gates
-from .hard import Forward, HardNetwork, runner
+from .hard import Forward, HardMethod, HardNetwork, runner
 
 
 @dataclass(frozen=True)
@@ -47,13 +47,12 @@ class Settings:
     teaches: bool = True  #: whether the hard network trains: G step 1
 
 
-class S2H:
+class S2H(HardMethod):
     """One soft network over all weights, and the hard network that slices them. `compile` and `sync_bn` as in `s2h_cli.methods`."""
 
     def __init__(self, network: fx.GraphModule, space: Space, target: float, settings: Settings = Settings(), *,
                  compile: bool = False, sync_bn: bool = False):
         self.network = network
-        self.parts = {"": self}
         self.soft = insert_gates(network, space)
         if sync_bn:  # in the copy that trains, on the same tensors
             self.soft = nn.SyncBatchNorm.convert_sync_batchnorm(self.soft)
@@ -75,10 +74,6 @@ class S2H:
         self.frozen = False
         self.gates = torch.ones(space.size, device=device)  # w after the freeze
         self.teacher: dict[str, torch.Tensor] | None = None  # parameters of the soft network that only teaches
-
-    @property
-    def plan(self) -> Plan:
-        return self.hard.plan
 
     # -- the interface of methods ---------------------------------------------------------------------------------
 
@@ -158,9 +153,6 @@ class S2H:
 
     def networks(self) -> dict[str, nn.Module]:
         return {"soft": Forward(self.soft, self.teacher_now), "hard": self.hard.evaluated()}
-
-    def result(self) -> fx.GraphModule:
-        return self.hard.result(self.network)
 
     def state_dict(self) -> dict:
         """All that a later `load_state_dict` needs, beside the network, to go on bit for bit: tensors and plain data."""

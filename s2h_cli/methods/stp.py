@@ -21,7 +21,7 @@ from torch import fx, nn
 from .. import distributed
 from ..masks import Importance, fit_budget, plan_of_ranks
 from ..plan import Plan, Space
-from .hard import HardNetwork
+from .hard import HardMethod, HardNetwork
 from .s2h import divergence
 
 
@@ -36,7 +36,7 @@ class Settings:
     settle: float = 0.5  #: share of the schedule after which the best subnetwork stays
 
 
-class STP:
+class STP(HardMethod):
     """The whole network, and subnetworks on slices of its weights. `compile` and `sync_bn` as in `s2h_cli.methods`.
 
     A subnetwork is told by its *shares*: (groups,) numbers that its widths are in proportion to, as far as the budget goes.
@@ -45,7 +45,6 @@ class STP:
     def __init__(self, network: fx.GraphModule, space: Space, target: float, settings: Settings = Settings(), *,
                  compile: bool = False, sync_bn: bool = False):
         self.network, self.space, self.target, self.settings, self.compile = network, space, target, settings, compile
-        self.parts = {"": self}
         self.weights = dict(network.named_parameters())
         self.importance = Importance(space, self.weights)
         everything = Plan(space, np.ones(space.size, bool))
@@ -57,10 +56,6 @@ class STP:
         self.scores = torch.zeros(2, device=next(network.parameters()).device)  # sums of KL since the last comparison
         self.steps = 0
         self.settled = False
-
-    @property
-    def plan(self) -> Plan:
-        return self.hard.plan
 
     # -- the interface of methods ---------------------------------------------------------------------------------
 
@@ -99,23 +94,8 @@ class STP:
         """KL(whole || larger subnetwork)."""
         return {"larger": divergence(self.logits, self.larger.run(self.larger.parameters(), images))}
 
-    def backward(self, terms: dict[str, torch.Tensor]) -> None:
-        sum(terms.values()).backward()
-
-    def optimizers(self) -> list[torch.optim.Optimizer]:
-        return []
-
-    def expected_widths(self) -> np.ndarray:
-        return self.plan.widths
-
-    def gates_now(self) -> torch.Tensor:
-        return torch.from_numpy(self.plan.keep)
-
     def networks(self) -> dict[str, nn.Module]:
         return {"whole": self.whole.evaluated(), "hard": self.hard.evaluated()}
-
-    def result(self) -> fx.GraphModule:
-        return self.hard.result(self.network)
 
     def state_dict(self) -> dict:
         return {"hard": self.hard.state_dict(), "whole": self.whole.state_dict(), "larger": self.larger.state_dict(), "shares": self.shares,
