@@ -271,6 +271,43 @@ def test_the_widths_freeze_exactly_on_budget_and_stay(method, batch):
     assert method.plan is plan and torch.equal(gates, method.gates) and method.masks.u.grad is None
 
 
+def test_the_soft_network_rests_and_teaches_as_it_was(method, batch):
+    method.settings = replace(method.settings, rest=0.5)
+    method.start_step(0.4)
+    assert len(method.passes) == 2
+    method.start_step(0.5)
+    with torch.no_grad():
+        before = method.networks()["soft"](batch[0])
+        for weight in method.weights.values():
+            weight.mul_(1.1)
+    torch.testing.assert_close(method.networks()["soft"](batch[0]), before, rtol=0, atol=0)
+    (run,) = method.passes
+    found = run(*batch, CRITERION)
+    torch.testing.assert_close(found["hard"], ALPHA * divergence(before, hard_logits(method, batch[0])))
+    method.backward(found)
+    assert all(weight.grad is not None for weight in method.weights.values()) and method.masks.u.grad is None
+
+
+def test_terms_that_masks_do_not_hear_leave_u_alone(method, batch):
+    """The hard network's cross-entropy, where it is asked for, has its own weight."""
+    def gradient(**settings):
+        method.settings = replace(method.settings, **settings)
+        method.start_step(0.1)
+        method.masks.u.grad = None
+        step(method, batch)
+        return method.masks.u.grad
+
+    (budget,) = torch.autograd.grad(terms(method, batch)["budget"], method.masks.u)
+    torch.testing.assert_close(gradient(hears=()), budget)
+    parts = [gradient(hears=(name,)) - budget for name in ("task", "hard", "mask")]
+    assert all(part.abs().max() > 1e-6 for part in parts)
+    torch.testing.assert_close(gradient(hears=("task", "hard", "mask")), sum(parts) + budget)
+    method.settings = replace(method.settings, teaches=False)
+    assert set(terms(method, batch)) == {"task", "mask", "budget"}
+    method.settings = replace(method.settings, teaches=True, cross_entropy=0.5)
+    torch.testing.assert_close(terms(method, batch)["hard_task"], 0.5 * CRITERION(hard_logits(method, batch[0]), batch[1]))
+
+
 def test_a_new_mask_starts_less_than_a_step_below_full_width(method):
     masks = Masks(method.space)
     steps = torch.tensor([g.step for g in method.space.groups])
