@@ -8,7 +8,7 @@ FOLDER holds the data set as an image folder with `train/` and `val/`; of each c
 A cell is one training run. Its row goes into `benchmarks/accuracy/TABLE.csv` as soon as it ends, and a cell that is there is not run again.
 Cost is in units: one forward and backward of the whole network over the training images once, by PyTorch's counter of operations
 (`torch.utils.flop_counter`) on one step of every ten. Scenario A starts from one dense network, whose cost is not counted and
-which is also the teacher of the rows that have one.
+which is also the teacher of the rows that have one. The rows of Torch-Pruning need `pip install torch-pruning`.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ class Table:
     epochs: int
     dense_epochs: int
     flops: tuple[float, ...] = (0.15, 0.35)
-    lr: dict[str, float] = field(default_factory=lambda: {"A": 3e-4, "B": 1e-3})
+    lr: float = 1e-3
 
 
 TABLES = {
@@ -71,7 +71,7 @@ TABLES = {
     "digits": Table("resnet10t", 32, 1000, 1000, epochs=10, dense_epochs=20),
 }
 
-CONTROLS = ("uniform", "random", "magnitude", "epsd")
+CONTROLS = ("uniform", "random", "magnitude", "epsd", "torch-pruning", "torch-pruning, global")
 ROWS = {
     "s2h": Row(),
     "stp": Row("stp"),
@@ -129,24 +129,30 @@ def run_cell(table: Table, splits: Splits, path: Path, scenario: str, name: str,
             teacher.eval().requires_grad_(False)
     elif row.teacher:
         return {"epochs": 0}  # there is no trained network to learn from
-    make = partial(METHODS[row.method], settings=replace(Settings(), **row.settings)) if row.settings else METHODS[row.method]
-    method = make(network, Space(network), flops)
+    if row.method in OUTSIDE:
+        full = Space(network).full_macs
+        network = OUTSIDE[row.method](source, network, flops)
+        method = METHODS["dense"](network, Space(network), 1.0)
+        ratio = method.space.full_macs / full
+    else:
+        make = partial(METHODS[row.method], settings=replace(Settings(), **row.settings)) if row.settings else METHODS[row.method]
+        method, ratio = make(network, Space(network), flops), None
     epochs = round(table.epochs * row.epochs)
     if row.cost:
         paid, alone = find(path, scenario, row.cost, flops, seed), find(path, scenario, name.removesuffix(" = cost"), flops, seed)
         if paid is None or alone is None:
             sys.exit(f"'{name}' needs the rows '{row.cost}' and '{name.removesuffix(' = cost')}' first")
         epochs = int(float(paid["units"]) / (float(alone["units"]) / int(alone["epochs"])))
-    meter = Meter(network, source, len(splits.train) // 64)
+    meter = Meter(fresh(table, splits, seed)[1], source, len(splits.train) // 64)
     started = time.perf_counter()
-    found = train(method, table, splits, source, epochs, table.lr[scenario], seed, meter, teacher)
+    found = train(method, table, splits, source, epochs, table.lr, seed, meter, teacher)
     seconds = time.perf_counter() - started
     networks = method.networks()
     other = next((networks[kind] for kind in ("soft", "whole") if kind in networks), None)
     accuracy = {name.removeprefix("top1_"): value for name, value in found.items() if name.startswith("top1_")}
     js, l2 = gap(other, networks["hard"], loaders(table, splits, source, seed)[1]) if other else ("", "")
     return {"epochs": epochs, "hard": accuracy["hard"], "soft": accuracy.get("soft", accuracy.get("whole", "")), "js": js, "l2": l2,
-            "ratio": method.plan.ratio, "units": meter.units(epochs), "seconds": round(seconds), "widths": " ".join(map(str, method.plan.widths))}
+            "ratio": ratio or method.plan.ratio, "units": meter.units(epochs), "seconds": round(seconds), "widths": " ".join(map(str, method.plan.widths))}
 
 
 def fresh(table: Table, splits: Splits, seed: int) -> tuple[Source, Any]:
@@ -189,11 +195,8 @@ class Meter(Silent):
     """The loop's watcher that counts the operations of one step in every few; `steps` are those of an epoch."""
 
     def __init__(self, network: Any, source: Source, steps: int):
-        state = {name: tensor.clone() for name, tensor in network.state_dict().items()}
         with FlopCounterMode(display=False) as self.counter:
             network.train()(torch.randn(64, *source.input_size)).square().mean().backward()
-        network.load_state_dict(state)
-        network.zero_grad()
         self.unit, self.steps, self.counted, self.counting = self.counter.get_total_flops(), steps, [], False
 
     def step(self, epoch: int, step: int, facts: dict[str, float]) -> None:
@@ -236,6 +239,25 @@ def first_images(splits: Splits, table: Table) -> Splits:
         return ImageSet(kept, images.origin, images.skip_bad)
 
     return replace(splits, train=first(splits.train, table.train), val=first(splits.val, table.val))
+
+
+def torch_pruned(source: Source, network: Any, flops: float, everywhere: bool) -> Any:
+    """Cut by Torch-Pruning (its L2 norm over the layers of a group), in small steps until the budget is met. `everywhere`: channels
+    compete across the whole network, not each layer's among themselves."""
+    import torch_pruning
+
+    model, image = source.module.eval(), torch.zeros(1, *source.input_size)
+    model.load_state_dict(network.state_dict())
+    full = torch_pruning.utils.count_ops_and_params(model, image)[0]
+    pruner = torch_pruning.pruner.BasePruner(
+        model, image, importance=torch_pruning.importance.GroupMagnitudeImportance(p=2), iterative_steps=400, pruning_ratio=1.0,
+        max_pruning_ratio=0.95, global_pruning=everywhere, ignored_layers=[model.get_classifier()])
+    while torch_pruning.utils.count_ops_and_params(model, image)[0] > flops * full:
+        pruner.step()
+    return capture(model, source.input_size).network
+
+
+OUTSIDE = {"torch-pruning": partial(torch_pruned, everywhere=False), "torch-pruning, global": partial(torch_pruned, everywhere=True)}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
