@@ -2,10 +2,11 @@
 
     python benchmarks/step.py resnet50 --batch-size 32 --img-size 224
 
-All steps are forward and backward of the same network on the same images; the hard network is at the target. The theory
-counts a plain step as 3 units (forward 1, backward 2), the soft network as 3, the hard network as 3 x ratio, and of a step that hears
-the masks the mask-only backward as 2 (gates on weights) and a forward pass of the hard network more. The mean is over a run: masks move in its first part, hear on every few steps,
-and stand still after the freeze (the hard network is larger than the target while the budget is ramped: that is not in it).
+All steps are forward and backward of the same network on the same images; the hard network has the same share of every group, at the
+target. The theory counts a plain step as 3 units (forward 1, backward 2), the soft network as 3, the hard network as 3 x ratio, and, of a
+step that hears the masks, the mask-only backward as 2 (gates on weights) and one more forward pass of the hard network. The mean is over
+a run: masks move in its first part, and stand still after the freeze. That the hard network is larger than the target while the
+budget is ramped is not in it.
 """
 
 from __future__ import annotations
