@@ -7,7 +7,7 @@ at equal cost.
 FOLDER holds the data set as an image folder with `train/` and `val/`; of each class the first images count, as many as the table says.
 A cell is one training run. Its row goes into `benchmarks/accuracy/TABLE.csv` as soon as it ends, and a cell that is there is not run again.
 Cost is in units: one forward and backward of the whole network over the training images once, by PyTorch's counter of operations
-(`torch.utils.flop_counter`) on one step of every ten. Scenario A starts from one dense network, whose cost is not counted and
+(`torch.utils.flop_counter`) on every tenth step (EPSD's scoring, on its first eight steps, is not in it). Scenario A starts from one dense network, whose cost is not counted and
 which is also the teacher of the rows that have one. The rows of Torch-Pruning need `pip install torch-pruning`.
 """
 
@@ -203,7 +203,7 @@ class Meter(Silent):
         if self.counting:
             self.counter.__exit__(None, None, None)
             self.counted.append(self.counter.get_total_flops())
-        self.counting = step % METER_EVERY == 1 and step < self.steps
+        self.counting = step % METER_EVERY == METER_EVERY - 1 and step < self.steps
         if self.counting:  # the next step
             self.counter = FlopCounterMode(display=False).__enter__()
 

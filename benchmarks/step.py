@@ -6,7 +6,7 @@ All steps are forward and backward of the same network on the same images; the h
 target. The theory counts a plain step as 3 units (forward 1, backward 2), the soft network as 3, the hard network as 3 x ratio, and, of a
 step that hears the masks, the mask-only backward as 2 (gates on weights) and one more forward pass of the hard network. The mean is over
 a run: masks move in its first part, and stand still after the freeze. That the hard network is larger than the target while the
-budget is ramped is not in it.
+budget is ramped is not in it. Memory is what a step adds to that of the process before it.
 """
 
 from __future__ import annotations
@@ -53,9 +53,10 @@ def main() -> None:
     targets = torch.randint(0, 1000, (args.batch_size,), device=args.device)
     if args.memory_of:
         step = steps(network, space, args.flops[0], images, targets)[args.memory_of]
+        before = memory(args.device, "VmRSS")
         step()
         step()
-        print(peak_memory(args.device))
+        print(memory(args.device, "VmHWM") - before)
         return
 
     print(f"{args.model}, batch {args.batch_size}, {args.img_size} px, {args.device}, {torch.get_num_threads()} threads, "
@@ -72,7 +73,7 @@ def main() -> None:
                     torch.cuda.synchronize()
                 if i:  # the first round warms up
                     times[name].append(time.perf_counter() - begin)
-        memory = {name: int(subprocess.check_output(
+        peak = {name: int(subprocess.check_output(
             [sys.executable, __file__, args.model, "--flops", str(flops), "--batch-size", str(args.batch_size), "--img-size",
              str(args.img_size), "--device", args.device, "--memory-of", name], text=True).split()[-1]) for name in run}
         cost = {}
@@ -81,7 +82,7 @@ def main() -> None:
             cost[name] = statistics.median(ratios)
             print(f"flops {flops:g}  {name:7}  {statistics.median(times[name]) * 1e3:8.0f} ms  x{statistics.median(ratios):.2f} "
                   f"(x{ratios[0]:.2f} to x{ratios[-1]:.2f}, theory x{STEPS[name](flops) / 3:.2f})  "
-                  f"peak {memory[name] / 1e6:.0f} MB x{memory[name] / memory['plain']:.2f}")
+                  f"peak {peak[name] / 1e6:.0f} MB x{peak[name] / peak['plain']:.2f}")
         theory = mean({name: units(flops) / 3 for name, units in STEPS.items()})
         print(f"flops {flops:g}  a run's mean x{mean(cost):.2f} (theory x{theory:.2f})")
 
@@ -124,12 +125,12 @@ def mean(cost: dict[str, float]) -> float:
     return Settings.freeze * (heard * cost["hearing"] + (1 - heard) * cost["moving"]) + (1 - Settings.freeze) * cost["frozen"]
 
 
-def peak_memory(device: str) -> int:
-    """Bytes: of the process on a CPU (Linux), of the allocator on a GPU."""
+def memory(device: str, line: str) -> int:
+    """Bytes, now ("VmRSS") or at the peak ("VmHWM"): of the process on a CPU (Linux), of the allocator on a GPU."""
     if device != "cpu":
-        return torch.cuda.max_memory_allocated()
+        return torch.cuda.memory_allocated() if line == "VmRSS" else torch.cuda.max_memory_allocated()
     status = Path("/proc/self/status").read_text()  # getrusage would count the parent's memory too
-    return int(next(line for line in status.splitlines() if line.startswith("VmHWM")).split()[1]) * 1024
+    return int(next(entry for entry in status.splitlines() if entry.startswith(line)).split()[1]) * 1024
 
 
 if __name__ == "__main__":

@@ -115,7 +115,7 @@ def configure(given: dict[str, Any], recipe: str | None = None, file: Path | Non
         settings |= {name: value for name, value in _read(file, Config).items() if name != "output"}
     settings |= given
     if settings.get("method") == "dense":
-        settings.setdefault("flops", 1.0)
+        settings["flops"] = given.get("flops", 1.0)  # not an earlier run's
     for name, example in (("model", "resnet50"), ("data", "--data ./imagenet"), ("flops", "--flops 0.35")):
         if name not in settings:
             raise UserError(f"no {name} is given; name it, such as {example}, or a --config FILE that has it")

@@ -102,6 +102,8 @@ def check_settings(config: Config) -> None:
     """Raises UserError for a setting that cannot be meant, before anything is loaded."""
     if config.method not in METHODS:
         raise UserError(f"no --method {config.method}; choose from {', '.join(METHODS)}")
+    if config.epochs == 0 and config.method != "s2h":
+        raise UserError(f"--epochs 0 trains nothing: it cuts once, by importance; leave --method {config.method} away, or train for some epochs")
     if config.method == "dense" and config.budgets != [1.0]:
         raise UserError(f"--method dense cuts nothing; leave --flops {config.target} away")
     if config.method != "s2h" and len(config.budgets) > 1:

@@ -273,12 +273,15 @@ def test_every_method_trains_through_the_same_command(here, method):
 def test_a_dense_run_is_where_a_pruning_run_starts(here):
     """Its weights load by --weights, and its folder teaches."""
     assert s2h(*(a for a in PRUNE if a not in ("--flops", "0.4")), "--method", "dense", "--epochs", "2", "-o", "dense") == 0
-    assert s2h(*PRUNE, "--weights", "dense/model.safetensors", "--teacher", "dense", "--epochs", "1", "-o", "out") == 0
+    for method in ("s2h", "epsd"):
+        assert s2h(*PRUNE, "--weights", "dense/model.safetensors", "--teacher", "dense", "--epochs", "1", "--method", method, "-o", method) == 0
+    assert s2h("prune", "--config", "s2h/args.yaml", "--method", "dense", "--epochs", "1", "-o", "again") == 0
 
 
 @pytest.mark.parametrize("options, words", [
     (["--method", "best"], ["--method best", "s2h", "uniform"]),
     (["--method", "dense"], ["cuts nothing", "--flops 0.4"]),
+    (["--method", "random", "--epochs", "0"], ["--epochs 0 trains nothing", "--method random"]),
     (["--method", "uniform", "--flops", "0.2,0.4"], ["several budgets", "--method s2h"]),
 ])
 def test_a_method_that_cannot_be_meant(here, capsys, options, words):

@@ -86,16 +86,16 @@ def test_the_meta_gradient_of_epsd_is_that_of_finite_differences(network, batch,
     monkeypatch.setattr("s2h_cli.methods.epsd.class_wise", lambda logits, targets, temperature: (logits / temperature).square().mean())
     network.double().train()
     method = EPSD(network, Space(network, divisor=2), 0.4)
-    method.gated.double().train()
+    method.gated.double()
     method.operands = {name: tensor.double() for name, tensor in method.operands.items()}
     method.scores = method.scores.double()
-    score = method.score(*batch, CRITERION)
+    score = method.score(*batch)
     ones, step = torch.ones_like(score), 1e-5
 
     def loss(atom, delta):
         gates = ones.clone()
         gates[atom] += delta
-        return method.looking_ahead(gates, *batch, CRITERION).detach()
+        return method.looking_ahead(gates, *batch).detach()
 
     for atom in range(0, method.space.size, 5):
         numeric = (loss(atom, step) - loss(atom, -step)) / (2 * step)
@@ -146,10 +146,20 @@ def test_widths_are_in_proportion_to_the_shares(network):
     assert np.abs(widths / widths.max() - shares.numpy()).max() < 0.2
 
 
+def test_networks_that_are_not_evaluated_train_too(network, batch):
+    """Batch norm uses the batch's statistics in the larger subnetwork of STP, and where EPSD scores."""
+    for kind, inner in ((STP, lambda method: method.larger.module), (EPSD, lambda method: method.gated)):
+        method = kind(network.eval(), Space(network, divisor=2), 0.4)
+        method.start_step(0.0)
+        for run in method.passes:
+            run(batch[0].float(), batch[1], CRITERION)
+        assert inner(method).training and all(module.training for module in inner(method).modules() if isinstance(module, nn.BatchNorm2d))
+
+
 def test_the_whole_network_of_stp_is_no_one_s_pupil(network, batch):
     method = STP(network, Space(network, divisor=2), 0.4)
     method.start_step(0.0)
-    method.whole.module.train(), method.hard.module.train(), method.larger.module.train()
+    method.whole.module.train(), method.hard.module.train()
     found = {name: term for run in method.passes for name, term in run(batch[0].float(), batch[1], CRITERION).items()}
     assert sorted(found) == ["hard", "larger", "task"]
     out = network.get_parameter("fc.bias")

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import fx
 
+from .. import distributed
 from ..masks import Importance, fit_budget
 from ..plan import Plan, Space
 from .hard import HardMethod, HardNetwork
@@ -43,8 +44,10 @@ class Cut(HardMethod):
 
     def start_step(self, progress: float) -> None:
         if progress >= self.at and not self.is_cut:
-            importance = self.importance().cpu().numpy()
-            self.hard.follow(self.choose(self.space, self.target, importance))
+            importance = self.importance()
+            keep = torch.from_numpy(self.choose(self.space, self.target, importance.cpu().numpy()).keep)
+            keep = distributed.same(keep.to(importance.device))  # random numbers are each process's own
+            self.hard.follow(Plan(self.space, keep.cpu().numpy()))
             self._stand_still()
 
     @property

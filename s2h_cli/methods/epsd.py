@@ -69,12 +69,12 @@ class EPSD(HardMethod):
     def terms(self, images: torch.Tensor, targets: torch.Tensor, criterion: Callable) -> dict[str, torch.Tensor]:
         """The task's loss and that of self-distillation. Arguments as of `S2H.soft_terms`."""
         if self.steps <= self.settings.scored:
-            self.scores += self.score(images, targets, criterion)
+            self.scores += self.score(images, targets)
         logits = self.hard.run(self.hard.parameters(), images)
         return {"task": criterion(logits, targets), "self": self.settings.weight * class_wise(logits, targets, self.settings.temperature)}
 
     def state_dict(self) -> dict:
-        return {"hard": self.hard.state_dict(), "scores": self.scores, "steps": self.steps}
+        return {"hard": self.hard.state_dict(), "scores": distributed.mean(self.scores.clone()), "steps": self.steps}
 
     def load_state_dict(self, state: dict) -> None:
         self.hard.load_state_dict(state["hard"])
@@ -85,22 +85,23 @@ class EPSD(HardMethod):
 
     # -- the method -----------------------------------------------------------------------------------------------
 
-    def score(self, images: torch.Tensor, targets: torch.Tensor, criterion: Callable) -> torch.Tensor:
+    def score(self, images: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         """|d L_sd / d gate| of each atom (atoms,), with L_sd that of the last part of the batch after gradient descent on the others."""
+        self.gated.train()
         gates = torch.ones(self.space.size, dtype=self.scores.dtype, device=self.scores.device, requires_grad=True)
         with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):  # the fused kernels have no second derivative
-            (gradient,) = torch.autograd.grad(self.looking_ahead(gates, images, targets, criterion), gates)
+            (gradient,) = torch.autograd.grad(self.looking_ahead(gates, images, targets), gates)
         return gradient.abs()
 
-    def looking_ahead(self, gates: torch.Tensor, images: torch.Tensor, targets: torch.Tensor, criterion: Callable) -> torch.Tensor:
+    def looking_ahead(self, gates: torch.Tensor, images: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         """L_sd after `inner_steps` steps of gradient descent with these gates; differentiable in them, through the steps."""
         operands = {name: tensor.detach().requires_grad_(name in self.weights) for name, tensor in self.operands.items()}
         buffers = {name: buffer.clone() for name, buffer in self.gated.named_buffers() if name not in operands}
         run = runner(self.gated)
-        parts = self.settings.inner_steps + 1
+        parts = min(self.settings.inner_steps + 1, max(1, len(images) // 2))  # of two images at least, for batch norm
         for i, (x, y) in enumerate(zip(images.chunk(parts), targets.chunk(parts)), 1):
             logits = run({**gate_reads(operands, self.read_parts, gates), **buffers}, x)
-            loss = criterion(logits, y) + self.settings.weight * class_wise(logits, y, self.settings.temperature)
+            loss = F.cross_entropy(logits, y) + self.settings.weight * class_wise(logits, y, self.settings.temperature)
             if i < parts:
                 gradients = torch.autograd.grad(loss, [operands[name] for name in self.weights], create_graph=True)
                 operands |= {name: operands[name] - self.settings.inner_lr * gradient for name, gradient in zip(self.weights, gradients)}

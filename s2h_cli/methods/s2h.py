@@ -162,7 +162,9 @@ class S2H(HardMethod):
     def load_state_dict(self, state: dict) -> None:
         self.masks.load_state_dict(state["masks"])
         self.mask_optimizer.load_state_dict(state["mask_optimizer"])
-        self.frozen, self.steps, self.teacher = state["frozen"], state["steps"], state["teacher"]
+        self.frozen, self.steps = state["frozen"], state["steps"]
+        if state["teacher"] is not None:
+            self.teacher = {name: tensor.to(self.gates.device) for name, tensor in state["teacher"].items()}
         self.ranks.copy_(state["ranks"])
         self.gates.copy_(state["gates"])
         self.hard.load_state_dict(state["hard"])

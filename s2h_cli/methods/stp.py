@@ -92,6 +92,7 @@ class STP(HardMethod):
 
     def larger_terms(self, images: torch.Tensor, targets: torch.Tensor, criterion: Callable) -> dict[str, torch.Tensor]:
         """KL(whole || larger subnetwork)."""
+        self.larger.module.train()  # the loop knows the networks that are evaluated
         return {"larger": divergence(self.logits, self.larger.run(self.larger.parameters(), images))}
 
     def networks(self) -> dict[str, nn.Module]:
@@ -99,7 +100,7 @@ class STP(HardMethod):
 
     def state_dict(self) -> dict:
         return {"hard": self.hard.state_dict(), "whole": self.whole.state_dict(), "larger": self.larger.state_dict(), "shares": self.shares,
-                "widths": torch.from_numpy(self.widths), "scores": self.scores, "steps": self.steps, "settled": self.settled}
+                "widths": torch.from_numpy(self.widths), "scores": distributed.mean(self.scores.clone()), "steps": self.steps, "settled": self.settled}
 
     def load_state_dict(self, state: dict) -> None:
         for network in ("hard", "whole", "larger"):

@@ -174,7 +174,8 @@ class Training:
     def state_dict(self) -> dict[str, Any]:
         """Tensors and plain data, from which `load_state_dict` goes on bit for bit."""
         return {"network": self.method.network.state_dict(), "method": self.method.state_dict(), "optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict(),
-                "ema": self.ema.module.state_dict() if self.ema else None, "rows": self.rows, "sums": self.sums, "position": self.position}
+                "ema": self.ema.module.state_dict() if self.ema else None, "rows": self.rows,
+                "sums": {name: distributed.mean(value.clone()) for name, value in self.sums.items()}, "position": self.position}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Raises UserError where the state is of another model."""
