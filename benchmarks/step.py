@@ -18,13 +18,12 @@ import sys
 import time
 from pathlib import Path
 
-import numpy as np
 import timm
 import torch
 from torch import nn
 
 from s2h_cli.graph import capture
-from s2h_cli.masks import fit_budget
+from s2h_cli.masks import widths_of
 from s2h_cli.methods.s2h import S2H, Settings
 from s2h_cli.plan import Space
 
@@ -92,7 +91,7 @@ def steps(network, space: Space, flops: float, images: torch.Tensor, targets: to
     criterion = nn.CrossEntropyLoss()
     # Of every two steps one hears, so that both kinds can be had.
     moving, frozen = S2H(network, space, flops, Settings(hear_every=2)), S2H(network, space, flops)
-    widths = torch.from_numpy(fit_budget(space, [-np.array(group.candidates) / group.size for group in space.groups], flops))
+    widths = torch.from_numpy(widths_of(space, torch.ones(len(space.groups)), flops))
     for method in (moving, frozen):  # all but sure of the same share of every group
         with torch.no_grad():
             method.masks.u.copy_(torch.where(method.masks.candidates.cpu() == widths[:, None], 0.0, -40.0))

@@ -177,3 +177,8 @@ def fit_budget(space: Space, value: list[np.ndarray], target: float) -> np.ndarr
         else:
             full.add(i)
     return widths
+
+
+def widths_of(space: Space, shares: torch.Tensor, budget: float) -> np.ndarray:
+    """Widths (groups,) in proportion to `shares` (groups,) of the full ones, exactly on budget."""
+    return fit_budget(space, [-np.array(group.candidates) / group.size / share for group, share in zip(space.groups, shares.tolist())], budget)

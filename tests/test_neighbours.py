@@ -6,10 +6,11 @@ import torch
 from torch import nn
 
 from s2h_cli.graph import capture
+from s2h_cli.masks import widths_of
 from s2h_cli.methods import METHODS
 from s2h_cli.methods.cut import at_random, by_magnitude, uniform
 from s2h_cli.methods.epsd import EPSD, class_wise, plan_of_scores
-from s2h_cli.methods.stp import STP, widths_of
+from s2h_cli.methods.stp import STP
 from s2h_cli.plan import Plan, Space
 from test_method import CRITERION, Small
 

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from toy import PRUNE, s2h
 
-from s2h_cli import artifacts, cli, run
+from s2h_cli import artifacts, cli, data, run
 from s2h_cli.source import load_source
 from s2h_cli.teacher import Teacher
 from s2h_cli.train import checkpoint, loop
@@ -101,6 +101,45 @@ def test_gradients_added_up_over_parts_of_a_batch_are_those_of_the_whole(here):
     assert torch.equal(kept, kept_by_parts)
     for name, weight in whole.items():
         torch.testing.assert_close(parts[name], weight, rtol=0, atol=1e-6)
+
+
+def test_gradients_of_a_batch_that_has_no_neighbour_to_be_added_to_count_alone(here, monkeypatch):
+    """Two batches make an update; of the second pair no image of one batch can be read."""
+    updates, real = [], loop.Training.update
+
+    def update(self, number):
+        updates.append((number, len(added)))
+        added.clear()
+        return real(self, number)
+
+    added, forward_backward = [], loop.Training.forward_backward
+    monkeypatch.setattr(loop.Training, "update", update)
+    monkeypatch.setattr(loop.Training, "forward_backward", lambda self, *args: added.append(1) or forward_backward(self, *args))
+    for missing in (3, 4, 6):
+        updates.clear()
+        loader = data.make_loader
+        monkeypatch.setattr(run.data, "make_loader", lambda images, train, **options: _Without(loader(images, train=train, **options), missing if train else 0))
+        assert s2h(*PRUNE, "--epochs", "1", "--batch-size", "8", "--grad-accum-steps", "2", "-o", f"without{missing}") == 0
+        monkeypatch.setattr(run.data, "make_loader", loader)
+        assert updates == [(i, 1 if i == (missing - 1) // 2 else 2) for i in range(3)]
+
+
+class _Without:
+    """A loader one of whose batches cannot be read."""
+
+    def __init__(self, loader, missing):
+        self.loader, self.missing = loader, missing
+
+    def __getattr__(self, name):
+        return getattr(self.loader, name)
+
+    def __len__(self):
+        return len(self.loader)
+
+    def __iter__(self):
+        for batch in self.loader:
+            if self.loader.position != self.missing:
+                yield batch
 
 
 def torchrun(processes, *args, **env):

@@ -18,7 +18,7 @@ import torch
 from torch import fx
 
 from .. import distributed
-from ..masks import Importance, fit_budget
+from ..masks import Importance, fit_budget, widths_of
 from ..plan import Plan, Space
 from .hard import HardMethod, HardNetwork
 
@@ -76,15 +76,13 @@ def whole(space: Space, target: float, importance: np.ndarray) -> Plan:
 
 
 def uniform(space: Space, target: float, importance: np.ndarray) -> Plan:
-    value = [-np.array(group.candidates) / group.size for group in space.groups]
-    return Plan.from_widths(space, fit_budget(space, value, target), importance)
+    return Plan.from_widths(space, widths_of(space, torch.ones(len(space.groups)), target), importance)
 
 
 def at_random(space: Space, target: float, importance: np.ndarray) -> Plan:
     """From torch's random numbers: those of the step."""
-    shares = 0.1 + 0.9 * torch.rand(len(space.groups)).numpy()
-    value = [-np.array(group.candidates) / group.size / share for group, share in zip(space.groups, shares)]
-    return Plan.from_widths(space, fit_budget(space, value, target), torch.rand(space.size).numpy())
+    shares = 0.1 + 0.9 * torch.rand(len(space.groups))
+    return Plan.from_widths(space, widths_of(space, shares, target), torch.rand(space.size).numpy())
 
 
 def by_magnitude(space: Space, target: float, importance: np.ndarray) -> Plan:

@@ -19,7 +19,7 @@ import torch
 from torch import fx, nn
 
 from .. import distributed
-from ..masks import Importance, fit_budget, plan_of_ranks
+from ..masks import Importance, plan_of_ranks, widths_of
 from ..plan import Plan, Space
 from .hard import HardMethod, HardNetwork
 from .s2h import divergence
@@ -136,8 +136,3 @@ class STP(HardMethod):
         if self.compile:
             for network in (self.whole, self.hard):
                 network.run = torch.compile(network.run)
-
-
-def widths_of(space: Space, shares: torch.Tensor, budget: float) -> np.ndarray:
-    """Widths (groups,) in proportion to `shares` (groups,) of the full ones, exactly on budget."""
-    return fit_budget(space, [-np.array(group.candidates) / group.size / share for group, share in zip(space.groups, shares.tolist())], budget)

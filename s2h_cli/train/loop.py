@@ -57,22 +57,32 @@ class Training:
         self.rows: list[dict[str, Any]] = []  # one an epoch that has ended
         self.sums: dict[str, torch.Tensor] = {}  # of each term of the loss, in the epoch that runs
         self.position = 0  # batches of it that are done
+        self.pending: int | None = None  # the update whose gradients are being added up
 
     def step(self, images: torch.Tensor, targets: torch.Tensor, position: int) -> None:
         """One batch, the `position`-th of the epoch, from 1: forward, backward, and an update of the weights where one is due."""
         epoch, accumulate = len(self.rows), self.recipe.grad_accum_steps
         update = epoch * self.updates + (position - 1) // accumulate
+        if self.pending != update:
+            self.finish()  # where no image of its last batches could be read
         seed_everything(self.recipe.seed, epoch * self.batches + position, distributed.RANK)
-        first, last = position % accumulate == 1 % accumulate, position % accumulate == 0 or position == self.batches
-        if first:
+        if self.pending is None:
+            self.pending = update
             self.method.start_step(update / (self.recipe.epochs * self.updates))
             for optimizer in self.optimizers():
                 optimizer.zero_grad()
+        last = position % accumulate == 0 or position == self.batches
         for name, term in self.forward_backward(images, targets, last).items():
             self.sums[name] = self.sums.get(name, 0.0) + term.double()
         if last:
-            self.update(update)
+            self.finish()
         self.position = position
+
+    def finish(self) -> None:
+        """Changes the weights by the gradients that were added up, if there are any."""
+        if self.pending is not None:
+            self.update(self.pending)
+            self.pending = None
 
     def forward_backward(self, images: torch.Tensor, targets: torch.Tensor, last: bool = True) -> dict[str, torch.Tensor]:
         """Accumulates the gradients of one batch, pass by pass, and returns the terms of the loss.
@@ -243,6 +253,7 @@ def fit(method: Any, train: DataLoader, val: DataLoader, recipe: Recipe, watcher
                 watcher.step(epoch, step, {**training.losses(), **ratios(method), "images_per_second": speed})
             if saves:
                 save(training.state_dict())
+        training.finish()
         if epoch + 1 == recipe.epochs:
             method.start_step(1.0)  # however short the schedule, it ends with what its end asks for
         row = {"epoch": epoch + 1, "lr": training.optimizer.param_groups[0]["lr"], **ratios(method)}
