@@ -80,6 +80,8 @@ ROWS = {
     **{f"{name}+kd": Row(name, teacher=True) for name in CONTROLS},
     **{f"{name} = cost": Row(name, cost="s2h") for name in CONTROLS},
     **{f"{name}+kd = cost": Row(name, teacher=True, cost="s2h") for name in CONTROLS},
+    # A short search, then the hard network alone, taught by the dense one.
+    "s2h+kd, alone = cost": Row(settings={"ramp": 0.05, "freeze": 0.08, "alone": 0.08}, teacher=True, epochs=2.25),
     # Which gradients reach masks and weights.
     "s2h, u without L": Row(settings={"hears": ("hard", "mask")}),
     "s2h, u without m_hat": Row(settings={"hears": ("task", "mask")}),

@@ -13,6 +13,7 @@ from s2h_cli.graph import capture
 from s2h_cli.masks import Masks, fit_budget, plan_of_ranks
 from s2h_cli.methods.s2h import S2H, divergence
 from s2h_cli.plan import Space
+from s2h_cli.rebuild import slice_tensor
 
 ALPHA, BETA = 1.0, 20.0  # S2H's defaults
 CRITERION = nn.CrossEntropyLoss()
@@ -271,21 +272,20 @@ def test_the_widths_freeze_exactly_on_budget_and_stay(method, batch):
     assert method.plan is plan and torch.equal(gates, method.gates) and method.masks.u.grad is None
 
 
-def test_the_soft_network_rests_and_teaches_as_it_was(method, batch):
-    method.settings = replace(method.settings, rest=0.5)
+def test_the_hard_network_trains_alone_on_the_task(method, batch):
+    method.settings = replace(method.settings, alone=0.5)
     method.start_step(0.4)
-    assert len(method.passes) == 2
+    assert len(method.passes) == 2 and sorted(method.networks()) == ["hard", "soft"]
     method.start_step(0.5)
-    with torch.no_grad():
-        before = method.networks()["soft"](batch[0])
-        for weight in method.weights.values():
-            weight.mul_(1.1)
-    torch.testing.assert_close(method.networks()["soft"](batch[0]), before, rtol=0, atol=0)
     (run,) = method.passes
     found = run(*batch, CRITERION)
-    torch.testing.assert_close(found["hard"], ALPHA * divergence(before, hard_logits(method, batch[0])))
+    assert list(method.networks()) == ["hard"] and list(found) == ["hard_task"]
+    torch.testing.assert_close(found["hard_task"], CRITERION(hard_logits(method, batch[0]), batch[1]))
     method.backward(found)
-    assert all(weight.grad is not None for weight in method.weights.values()) and method.masks.u.grad is None
+    small = method.result().double().train()
+    CRITERION(small(batch[0]), batch[1]).backward()
+    for name, weight in small.named_parameters():
+        torch.testing.assert_close(slice_tensor(method.weights[name].grad, method.hard.indices[name]), weight.grad)
 
 
 def test_terms_that_masks_do_not_hear_leave_u_alone(method, batch):

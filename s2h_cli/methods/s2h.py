@@ -40,7 +40,7 @@ class Settings:
     mask_lr: float = 0.05  #: learning rate of the width logits (Adam)
     ramp: float = 0.2  #: share of the schedule over which the target falls from 1 to the budget
     freeze: float = 0.3  #: share of the schedule after which widths stand still, exactly on budget
-    rest: float = 1.0  #: share of the schedule after which the soft network only teaches, as it is then
+    alone: float = 1.0  #: share of the schedule, from `freeze` on, after which the hard network trains alone, on the task's loss
     hear_every: int = 1  #: steps between two that compute G step 2, of that many times the weight
     cross_entropy: float = 0.0  #: weight of the task loss of the hard network
     hears: tuple[str, ...] = ("task", "hard", "mask")  #: the terms whose gradient reaches u, beside R
@@ -73,12 +73,12 @@ class S2H(HardMethod):
         self.steps = 0
         self.frozen = False
         self.gates = torch.ones(space.size, device=device)  # w after the freeze
-        self.teacher: dict[str, torch.Tensor] | None = None  # parameters of the soft network that only teaches
+        self.alone = False
 
     # -- the interface of methods ---------------------------------------------------------------------------------
 
     def start_step(self, progress: float) -> None:
-        """Moves the hard network to the current masks, freezes the widths, or lets the soft network rest, when their time has come."""
+        """Moves the hard network to the current masks, freezes the widths, or lets the hard network train alone, when their time has come."""
         if not self.frozen:
             self.budget = 1 - (1 - self.target) * min(1.0, progress / self.settings.ramp)
             self.hears = "mask" in self.settings.hears and self.steps % self.settings.hear_every == 0
@@ -89,13 +89,14 @@ class S2H(HardMethod):
                 self.ranks = self.importance.ranks()
                 widths = self.masks.hard_widths().detach().cpu().numpy().astype(int)
                 self.hard.follow(plan_of_ranks(self.space, widths, self.ranks))
-        if self.settings.rest <= progress < 1 and self.teacher is None:
-            self.teacher = {name: tensor.detach().clone() for name, tensor in self.soft_parameters().items()}
+        self.alone = self.alone or self.frozen and self.settings.alone <= progress < 1
 
     @property
     def passes(self) -> list[Callable[..., dict[str, torch.Tensor]]]:
         """The soft network's, then the hard one's: never are the activations of both in memory."""
-        return [self.soft_terms, self.hard_terms][self.teacher is not None:1 + self.settings.teaches]
+        if self.alone:
+            return [self.hard_alone]
+        return [self.soft_terms, self.hard_terms][:1 + self.settings.teaches]
 
     def soft_terms(self, images: torch.Tensor, targets: torch.Tensor, criterion: Callable) -> dict[str, torch.Tensor]:
         """L ("task"), before the freeze R ("budget") and, on a step that hears the masks, G step 2 ("mask").
@@ -117,16 +118,17 @@ class S2H(HardMethod):
         return terms
 
     def hard_terms(self, images: torch.Tensor, targets: torch.Tensor, criterion: Callable) -> dict[str, torch.Tensor]:
-        """G step 1 ("hard"), against the logits of the soft pass, or of the soft network that rests. Arguments as of `soft_terms`."""
-        if self.teacher is not None:
-            with torch.no_grad():
-                self.soft_logits = self.run_soft(self.teacher, images)
+        """G step 1 ("hard"), against the logits of the soft pass. Arguments as of `soft_terms`."""
         hears = not self.frozen and "hard" in self.settings.hears
         hard = self.hard.run(self.hard_parameters(self.gates_now() if hears else None), images)
         terms = {"hard": self.settings.alpha * divergence(self.soft_logits, hard)}
         if self.settings.cross_entropy:
             terms["hard_task"] = self.settings.cross_entropy * criterion(hard, targets)
         return terms
+
+    def hard_alone(self, images: torch.Tensor, targets: torch.Tensor, criterion: Callable) -> dict[str, torch.Tensor]:
+        """The task's loss of the hard network ("hard_task"). Arguments as of `soft_terms`."""
+        return {"hard_task": criterion(self.hard.run(self.hard_parameters(), images), targets)}
 
     def backward(self, terms: dict[str, torch.Tensor]) -> None:
         """Accumulates the gradients of the terms of a pass."""
@@ -152,19 +154,18 @@ class S2H(HardMethod):
         return self.gates if self.frozen else self.masks.keep_probability(self.ranks)
 
     def networks(self) -> dict[str, nn.Module]:
-        return {"soft": Forward(self.soft, self.teacher_now), "hard": self.hard.evaluated()}
+        soft = {} if self.alone else {"soft": Forward(self.soft, self.soft_parameters)}
+        return {**soft, "hard": self.hard.evaluated()}
 
     def state_dict(self) -> dict:
         """All that a later `load_state_dict` needs, beside the network, to go on bit for bit: tensors and plain data."""
         return {"masks": self.masks.state_dict(), "gates": self.gates, "mask_optimizer": self.mask_optimizer.state_dict(),
-                "frozen": self.frozen, "steps": self.steps, "ranks": self.ranks, "hard": self.hard.state_dict(), "teacher": self.teacher}
+                "frozen": self.frozen, "steps": self.steps, "ranks": self.ranks, "hard": self.hard.state_dict(), "alone": self.alone}
 
     def load_state_dict(self, state: dict) -> None:
         self.masks.load_state_dict(state["masks"])
         self.mask_optimizer.load_state_dict(state["mask_optimizer"])
-        self.frozen, self.steps = state["frozen"], state["steps"]
-        if state["teacher"] is not None:
-            self.teacher = {name: tensor.to(self.gates.device) for name, tensor in state["teacher"].items()}
+        self.frozen, self.steps, self.alone = state["frozen"], state["steps"], state["alone"]
         self.ranks.copy_(state["ranks"])
         self.gates.copy_(state["gates"])
         self.hard.load_state_dict(state["hard"])
@@ -172,10 +173,6 @@ class S2H(HardMethod):
             self._stand_still()
 
     # -- the method -----------------------------------------------------------------------------------------------
-
-    def teacher_now(self) -> dict[str, torch.Tensor]:
-        """Parameters of the soft network: as it trains, or as it rests."""
-        return self.soft_parameters() if self.teacher is None else self.teacher
 
     def soft_parameters(self, gates: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
         """All weights; those that read prunable channels are gated along their input dimension."""
