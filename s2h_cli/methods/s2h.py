@@ -38,8 +38,8 @@ class Settings:
     beta: float = 20.0  #: weight of the budget term R
     temperature: float = 1.0  #: T of the width probabilities
     mask_lr: float = 0.05  #: learning rate of the width logits (Adam)
-    ramp: float = 0.2  #: share of the schedule over which the target falls from 1 to the budget
-    freeze: float = 0.3  #: share of the schedule after which widths stand still, exactly on budget
+    ramp: float = 0.15  #: share of the schedule over which the target falls from 1 to the budget
+    freeze: float = 0.25  #: share of the schedule after which widths stand still, exactly on budget
     alone: float = 1.0  #: share of the schedule, from `freeze` on, after which the hard network trains alone, on the task's loss
     hear_every: int = 1  #: steps between two that compute G step 2, of that many times the weight
     cross_entropy: float = 0.0  #: weight of the task loss of the hard network
