@@ -117,9 +117,10 @@ def closing(result: dict[str, Any]) -> Table:
     facts = result["facts"]
     macs, params = facts["macs"], facts["params"]
     table = _table("Result", "", ">before", ">after", "*")
-    remarks = {"ema": "hard network, averaged; exported where it is better", "exported": result["checked"]}
+    rows = {"ema": ("hard, averaged", "exported where it is better"), "exported": ("exported", result["checked"])}
     for kind, accuracy in result["top1"].items():
-        table.add_row(f"top-1 %, {kind}", "", _percent(accuracy), remarks.get(kind, f"{kind} network"))
+        name, remark = rows.get(kind, (f"{kind} network", ""))
+        table.add_row(f"top-1 %, {name}", "", _percent(accuracy), remark)
     table.add_row("MACs", quantity(macs["full"]), quantity(macs["pruned"]), f"ratio {macs['ratio']:.4f}, target {macs['target']:g}")
     table.add_row("parameters", quantity(params["full"]), quantity(params["pruned"]), f"ratio {params['ratio']:.4f}")
     before, after = result["bytes"]
