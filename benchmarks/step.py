@@ -5,7 +5,8 @@
 All steps are forward and backward of the same network on the same images; the hard network has the same share of every group, at the
 target. The theory counts a plain step as 3 units (forward 1, backward 2), the soft network as 3, the hard network as 3 x ratio, and, of a
 step that hears the masks, the mask-only backward as 2 (gates on weights) and one more forward pass of the hard network. The mean is over
-a run: masks move in its first part, while the hard network comes down to the target, and stand still after the freeze. Memory is what a step adds to that of the process before it.
+a run: masks move in its first part, while the hard network comes down to the target, and stand still after the freeze. Memory is
+what a step adds to that of the process before it.
 """
 
 from __future__ import annotations

@@ -182,3 +182,8 @@ def fit_budget(space: Space, value: list[np.ndarray], target: float) -> np.ndarr
 def widths_of(space: Space, shares: torch.Tensor, budget: float) -> np.ndarray:
     """Widths (groups,) in proportion to `shares` (groups,) of the full ones, exactly on budget."""
     return fit_budget(space, [-np.array(group.candidates) / group.size / share for group, share in zip(space.groups, shares.tolist())], budget)
+
+
+def widths_of_scores(space: Space, scores: np.ndarray, budget: float) -> np.ndarray:
+    """Widths (groups,) that keep the atoms of greatest score (atoms,), exactly on budget: a step is worth the least atom that it brings."""
+    return fit_budget(space, [np.sort(scores[group.start:group.stop])[::-1][np.array(group.candidates) - 1] for group in space.groups], budget)

@@ -312,6 +312,11 @@ class Plan:
     space: Space
     keep: np.ndarray
 
+    @classmethod
+    def whole(cls, space: Space) -> "Plan":
+        """Nothing is cut."""
+        return cls(space, np.ones(space.size, bool))
+
     @cached_property
     def widths(self) -> np.ndarray:
         """Kept atoms of each group, (groups,)."""

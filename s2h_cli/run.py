@@ -9,7 +9,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Iterator, NamedTuple
 
-import numpy as np
 import torch
 from rich.console import Console
 from torch.utils.data import DataLoader
@@ -248,7 +247,7 @@ def inspect(model: str, *, img_size: int | None = None, divisor: int = 8, exclud
     source = load_source(model, pretrained=False, img_size=img_size)
     captured = capture(source.module, source.input_size)
     space = Space(captured.network, exclude, divisor, prune_head_dim)
-    facts = describe(Plan(space, np.ones(space.size, bool)), model, source.input_size)
+    facts = describe(Plan.whole(space), model, source.input_size)
     return {**facts, "notes": [*source.notes, *captured.notes]}
 
 

@@ -18,7 +18,7 @@ import torch
 from torch import fx
 
 from .. import distributed
-from ..masks import Importance, fit_budget, widths_of
+from ..masks import Importance, widths_of, widths_of_scores
 from ..plan import Plan, Space
 from .hard import HardMethod, HardNetwork
 
@@ -36,10 +36,10 @@ class Cut(HardMethod):
 
     def __init__(self, network: fx.GraphModule, space: Space, target: float, *, choose: Choose, at: float,
                  compile: bool = False, sync_bn: bool = False):
-        self.network, self.space, self.target, self.choose, self.at, self.compile = network, space, target, choose, at, compile
+        self.network, self.space, self.target, self.choose, self.at = network, space, target, choose, at
         weights = dict(network.named_parameters())
         self.importance = Importance(space, weights)
-        self.hard = HardNetwork(network, weights, Plan(space, np.ones(space.size, bool)), sync_bn)
+        self.hard = HardNetwork(network, space, weights, compile=compile, sync_bn=sync_bn)
         self.is_cut = False
 
     def start_step(self, progress: float) -> None:
@@ -67,12 +67,11 @@ class Cut(HardMethod):
 
     def _stand_still(self) -> None:
         self.is_cut = True
-        if self.compile:
-            self.hard.run = torch.compile(self.hard.run)
+        self.hard.stand_still()
 
 
 def whole(space: Space, target: float, importance: np.ndarray) -> Plan:
-    return Plan(space, np.ones(space.size, bool))
+    return Plan.whole(space)
 
 
 def uniform(space: Space, target: float, importance: np.ndarray) -> Plan:
@@ -86,11 +85,8 @@ def at_random(space: Space, target: float, importance: np.ndarray) -> Plan:
 
 
 def by_magnitude(space: Space, target: float, importance: np.ndarray) -> Plan:
-    value = []
-    for group in space.groups:
-        ranked = np.sort(importance[group.start:group.stop])[::-1] / max(importance[group.start:group.stop].mean(), 1e-12)
-        value.append(np.array([ranked[n - 1] for n in group.candidates]))  # of the least channel that a step brings
-    return Plan.from_widths(space, fit_budget(space, value, target), importance)
+    means = np.array([max(importance[group.start:group.stop].mean(), 1e-12) for group in space.groups], importance.dtype)
+    return Plan.from_widths(space, widths_of_scores(space, importance / np.repeat(means, space.full), target), importance)
 
 
 Dense = partial(Cut, choose=whole, at=0.0)

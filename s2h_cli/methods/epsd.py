@@ -21,7 +21,7 @@ from torch import fx
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .. import distributed
-from ..masks import fit_budget, gate_reads
+from ..masks import gate_reads, widths_of_scores
 from ..plan import Plan, Space
 from ..rebuild import insert_gates
 from .hard import HardMethod, HardNetwork, runner
@@ -43,13 +43,13 @@ class EPSD(HardMethod):
 
     def __init__(self, network: fx.GraphModule, space: Space, target: float, settings: Settings = Settings(), *,
                  compile: bool = False, sync_bn: bool = False):
-        self.network, self.space, self.target, self.settings, self.compile = network, space, target, settings, compile
+        self.network, self.space, self.target, self.settings = network, space, target, settings
         self.weights = dict(network.named_parameters())
         device = next(network.parameters()).device
-        self.gated = insert_gates(network, space)
+        self.gated = insert_gates(network, space).train()  # the loop knows the networks that are evaluated
         self.operands = {**self.weights, **{name: self.gated.get_buffer(name) for name in space.gates}}
         self.read_parts = {key: torch.from_numpy(parts).to(device) for key, parts in space.read_parts.items()}
-        self.hard = HardNetwork(network, self.weights, Plan(space, np.ones(space.size, bool)), sync_bn)
+        self.hard = HardNetwork(network, space, self.weights, compile=compile, sync_bn=sync_bn)
         self.scores = torch.zeros(space.size, device=device)
         self.steps = 0
 
@@ -59,7 +59,7 @@ class EPSD(HardMethod):
         if self.steps == self.settings.scored or progress >= 1 and self.steps < self.settings.scored:
             self.hard.follow(plan_of_scores(self.space, self.target, distributed.mean(self.scores).cpu().numpy()))
             self.steps = self.settings.scored
-            self._stand_still()
+            self.hard.stand_still()
         self.steps += 1
 
     @property
@@ -81,13 +81,12 @@ class EPSD(HardMethod):
         self.scores.copy_(state["scores"])
         self.steps = state["steps"]
         if self.steps > self.settings.scored:
-            self._stand_still()
+            self.hard.stand_still()
 
     # -- the method -----------------------------------------------------------------------------------------------
 
     def score(self, images: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         """|d L_sd / d gate| of each atom (atoms,), with L_sd that of the last part of the batch after gradient descent on the others."""
-        self.gated.train()
         gates = torch.ones(self.space.size, dtype=self.scores.dtype, device=self.scores.device, requires_grad=True)
         with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):  # the fused kernels have no second derivative
             (gradient,) = torch.autograd.grad(self.looking_ahead(gates, images, targets), gates)
@@ -106,10 +105,6 @@ class EPSD(HardMethod):
                 gradients = torch.autograd.grad(loss, [operands[name] for name in self.weights], create_graph=True)
                 operands |= {name: operands[name] - self.settings.inner_lr * gradient for name, gradient in zip(self.weights, gradients)}
         return loss
-
-    def _stand_still(self) -> None:
-        if self.compile:
-            self.hard.run = torch.compile(self.hard.run)
 
 
 def class_wise(logits: torch.Tensor, targets: torch.Tensor, temperature: float) -> torch.Tensor:
@@ -135,5 +130,4 @@ def class_wise(logits: torch.Tensor, targets: torch.Tensor, temperature: float) 
 
 def plan_of_scores(space: Space, target: float, scores: np.ndarray) -> Plan:
     """The atoms of greatest score (atoms,), on budget."""
-    value = [np.sort(scores[group.start:group.stop])[::-1][np.array(group.candidates) - 1] for group in space.groups]
-    return Plan.from_widths(space, fit_budget(space, value, target), scores)
+    return Plan.from_widths(space, widths_of_scores(space, scores, target), scores)

@@ -9,29 +9,28 @@ import torch
 from torch import fx, nn
 from torch.func import functional_call
 
-from ..plan import Plan
+from ..plan import Plan, Space
 from ..rebuild import Indices, kept_indices, rebuild, resize, skeleton, slice_parameters
 
 
 class HardNetwork:
-    """Follows plans, and has buffers of its own (batch-norm statistics).
+    """Follows plans, at first the whole one, and has buffers of its own (batch-norm statistics).
 
     Args:
         network: the whole network, or its copy with gates (`rebuild.insert_gates`).
         operands: its tensors that are sliced: parameters and inserted gates, by name.
-        plan: to follow first.
-        sync_bn: batch-norm statistics of all processes' images, while training.
+        compile, sync_bn: as in `s2h_cli.methods`.
     """
 
-    def __init__(self, network: fx.GraphModule, operands: dict[str, torch.Tensor], plan: Plan, sync_bn: bool = False):
-        self.whole, self.operands = network, operands
+    def __init__(self, network: fx.GraphModule, space: Space, operands: dict[str, torch.Tensor], *, compile: bool = False, sync_bn: bool = False):
+        self.whole, self.operands, self.compile = network, operands, compile
         self.module = skeleton(network)
         if sync_bn:
             self.module = nn.SyncBatchNorm.convert_sync_batchnorm(self.module)
         self.run = runner(self.module)
         self.plan: Plan | None = None
         self.indices: Indices = {}
-        self.follow(plan)
+        self.follow(Plan.whole(space))
 
     def follow(self, plan: Plan) -> None:
         """Makes it the network of `plan`."""
@@ -39,6 +38,11 @@ class HardNetwork:
             self.plan = plan
             self.indices = kept_indices(plan, next(iter(self.operands.values())).device)
             resize(self.module, self.whole, plan, self.indices)
+
+    def stand_still(self) -> None:
+        """Says that the plan stays."""
+        if self.compile:
+            self.run = torch.compile(self.run)
 
     def parameters(self) -> dict[str, torch.Tensor]:
         return slice_parameters(self.operands, self.indices)

@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 from ..masks import Importance, Masks, fit_budget, gate_reads, gated, plan_of_ranks
-from ..plan import Plan, Space
+from ..plan import Space
 from ..rebuild import insert_gates
 from .hard import Forward, HardMethod, HardNetwork, runner
 
@@ -65,7 +65,7 @@ class S2H(HardMethod):
         self.operands = {**self.weights, **{name: self.soft.get_buffer(name) for name in space.gates}}  # what is gated and sliced
         self.importance = Importance(space, self.weights)
         self.read_parts = {key: torch.from_numpy(parts).to(device) for key, parts in space.read_parts.items()}
-        self.hard = HardNetwork(self.soft, self.operands, Plan(space, np.ones(space.size, bool)), sync_bn)
+        self.hard = HardNetwork(self.soft, space, self.operands, compile=compile, sync_bn=sync_bn)
         self.run_soft = runner(self.soft)
         self.mask_optimizer = torch.optim.Adam(self.masks.parameters(), lr=settings.mask_lr)
         self.budget = 1.0  # the target of this step
@@ -199,8 +199,9 @@ class S2H(HardMethod):
         self._stand_still()
 
     def _stand_still(self) -> None:
+        self.hard.stand_still()
         if self.compile:
-            self.run_soft, self.hard.run = torch.compile(self.run_soft), torch.compile(self.hard.run)
+            self.run_soft = torch.compile(self.run_soft)
 
 
 def divergence(p: torch.Tensor, q: torch.Tensor) -> torch.Tensor:

@@ -20,7 +20,7 @@ from torch import fx, nn
 
 from .. import distributed
 from ..masks import Importance, plan_of_ranks, widths_of
-from ..plan import Plan, Space
+from ..plan import Space
 from .hard import HardMethod, HardNetwork
 from .s2h import divergence
 
@@ -44,13 +44,12 @@ class STP(HardMethod):
 
     def __init__(self, network: fx.GraphModule, space: Space, target: float, settings: Settings = Settings(), *,
                  compile: bool = False, sync_bn: bool = False):
-        self.network, self.space, self.target, self.settings, self.compile = network, space, target, settings, compile
+        self.network, self.space, self.target, self.settings = network, space, target, settings
         self.weights = dict(network.named_parameters())
         self.importance = Importance(space, self.weights)
-        everything = Plan(space, np.ones(space.size, bool))
-        self.whole = HardNetwork(network, self.weights, everything, sync_bn)
-        self.hard = HardNetwork(network, self.weights, everything, sync_bn)
-        self.larger = HardNetwork(network, self.weights, everything, sync_bn)
+        self.whole, self.hard, self.larger = (
+            HardNetwork(network, space, self.weights, compile=compile, sync_bn=sync_bn) for _ in range(3))
+        self.larger.module.train()  # the loop knows the networks that are evaluated
         self.shares = torch.ones(2, len(space.groups))  # of the best subnetwork, and of its challenger
         self.widths = np.zeros((3, len(space.groups)), int)  # of both, and of the larger subnetwork
         self.scores = torch.zeros(2, device=next(network.parameters()).device)  # sums of KL since the last comparison
@@ -92,7 +91,6 @@ class STP(HardMethod):
 
     def larger_terms(self, images: torch.Tensor, targets: torch.Tensor, criterion: Callable) -> dict[str, torch.Tensor]:
         """KL(whole || larger subnetwork)."""
-        self.larger.module.train()  # the loop knows the networks that are evaluated
         return {"larger": divergence(self.logits, self.larger.run(self.larger.parameters(), images))}
 
     def networks(self) -> dict[str, nn.Module]:
@@ -133,6 +131,5 @@ class STP(HardMethod):
     def _settle(self) -> None:
         self.settled = True
         self.turn = 0
-        if self.compile:
-            for network in (self.whole, self.hard):
-                network.run = torch.compile(network.run)
+        self.whole.stand_still()
+        self.hard.stand_still()
