@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Callable, NamedTuple
 
 import numpy as np
@@ -139,6 +139,10 @@ class CostModel:
         return cls(groups, len(rows), np.array([p[0] for p in products], float), np.array([p[2] for p in products], int),
                    _padded([p[1] for p in products], len(index)), np.array([t[0] for t in terms], float),
                    np.array([t[2] for t in terms], int), _padded([t[1] for t in terms], groups), len(index))
+
+    def only(self, rows: np.ndarray) -> "CostModel":
+        """The same rows, of which those that are not in the boolean array (rows,) cost nothing."""
+        return replace(self, coefficients=np.where(rows[self.owner], self.coefficients, 0.0), _on_device={})
 
     def by_row(self, widths: np.ndarray) -> np.ndarray:
         """Cost of each row for integer widths (groups,): exact integers."""

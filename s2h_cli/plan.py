@@ -7,6 +7,7 @@ cost. All atoms of the network are numbered so that each group is one run of num
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import math
 from collections import Counter
@@ -51,8 +52,9 @@ class Group:
 
 @dataclass(frozen=True)
 class Layer:
-    """One counted operator. `inputs` and `outputs` are the labels of its channel axes as parts (see `Space.parts`) or sizes."""
+    """One counted operator. `inputs` and `outputs` are the labels of its channel axes as parts (see `Space.params`) or sizes."""
 
+    node: str
     name: str
     kind: str
     inputs: np.ndarray | int
@@ -82,11 +84,16 @@ class Space:
             of the buffer that `rebuild.insert_gates` makes for each.
         writes: (parameter, dim) that make one: where importance is read.
         layers, macs, parameters: the counted operators, and the cost models by layer and by parameter.
+        dropped: blocks that the network is without (`depth.Block`); what was in them has no cost.
+        gone: (groups,) of which groups nothing is left.
+        whole: the space with no block dropped.
         frozen: what cannot be cut, and why.
         unknown: operators without a rule, with the nodes they occur at.
     """
 
     def __init__(self, network: fx.GraphModule, exclude: tuple[str, ...] = (), divisor: int = 8, prune_head_dim: bool = False):
+        self.dropped: tuple[Any, ...] = ()
+        self.whole = self
         labelled = propagate(network, exclude, prune_head_dim)
         self._solved = labelled.labels.solve()
         self._written = list(dict.fromkeys(self._writes(network, labelled)))
@@ -105,6 +112,7 @@ class Space:
                     and self.tensors[use.operand.name][0][use.dim] is not None]
         self.gates = {f"gate_{i}": use for i, use in enumerate(computed)}
         self.writes = [(name, dim) for name, dim in self._written if self.params[name][dim] is not None]
+        self.gone = np.zeros(len(self.groups), bool)
         self.frozen = self._frozen(labelled)
         self.unknown = labelled.unknown
         self._count(network, labelled)
@@ -130,7 +138,8 @@ class Space:
 
     @cached_property
     def full_macs(self) -> int:
-        return self.macs.total(self.full)
+        """MACs of the whole network."""
+        return self.whole.macs.total(self.full)
 
     @property
     def min_ratio(self) -> float:
@@ -139,6 +148,17 @@ class Space:
 
     def ratio(self, widths: np.ndarray) -> float:
         return self.macs.total(widths) / self.full_macs
+
+    def only(self, network: fx.GraphModule, dropped: tuple[Any, ...]) -> "Space":
+        """The same atoms, at the cost of a network that has only some of the nodes and parameters (see `depth.shorten`)."""
+        nodes = {node.name for node in network.graph.nodes}
+        parameters = dict(network.named_parameters()).keys()
+        out = copy.copy(self)
+        out.dropped, out.whole = dropped, self.whole
+        out.gone = np.array([not any(name in parameters or f"{name}.weight" in parameters for name in group.layers) for group in self.groups])
+        out.macs = self.macs.only(np.array([layer.node in nodes for layer in self.layers]))
+        out.parameters = self.parameters.only(np.array([name in parameters for name in self.parameter_names]))
+        return out
 
     # -- construction ---------------------------------------------------------------------------------------------
 
@@ -269,7 +289,7 @@ class Space:
             return fixed, counts
 
         self.macs = CostModel.build(len(self.groups), [[product(*p) for p in products] for _, products in self._calls])
-        self.layers = [Layer(x.name, x.kind, self._channels(x.inputs), self._channels(x.outputs)) for x, _ in self._calls]
+        self.layers = [Layer(x.node, x.name, x.kind, self._channels(x.inputs), self._channels(x.outputs)) for x, _ in self._calls]
         names = dict(network.named_parameters()).keys()
         owned = {name: t for name, t in labelled.params.items() if name in names}
         self.parameters = CostModel.build(len(self.groups), [
@@ -369,7 +389,7 @@ def _counted(network: fx.GraphModule, labelled: Labelled) -> Iterator[tuple[Laye
         channels = [(t.shape[axis], t.dims[axis]) if isinstance(t, Tensor) else (0, None) for t in (args[0], out)]
         batch = network.meta["batch"]
         # For one image: an axis that holds the batch (some models multiply over the batch, twice) counts for one.
-        yield Layer(node.meta["layer"], node.meta["op"], *channels), [
+        yield Layer(node.name, node.meta["layer"], node.meta["op"], *channels), [
             (n / batch ** sum(size % batch == 0 for size, _ in axes), axes) for n, axes in formula(args, out)]
 
 

@@ -1,7 +1,10 @@
 """The cores of STP, EPSD and the controls, on cases small enough to work out by hand."""
 
+import copy
+
 import numpy as np
 import pytest
+import timm
 import torch
 from torch import nn
 
@@ -119,14 +122,14 @@ def test_stp_keeps_the_subnetwork_of_the_lower_divergence(network):
     for wins in (False, True):
         method.steps = 0 if not wins else 2 * method.settings.turns
         method.start_step(0.1)
-        challenger, best = method.widths[1].copy(), method.widths[0].copy()
+        challenger, best = method.choices["challenger"], method.choices["hard"]
         method.scores[:] = torch.tensor([2.0, 1.0]) if wins else torch.tensor([1.0, 2.0])
         method.steps = 2 * method.settings.turns
         method.start_step(0.1)
-        assert (method.widths[0] == (challenger if wins else best)).all() and not method.scores.any()
-    best = method.widths[0].copy()
+        assert method.choices["hard"] is (challenger if wins else best) and not method.scores.any()
+    best = method.choices["hard"]
     method.start_step(0.5)
-    assert (method.plan.widths == best).all() and method.plan.ratio <= 0.4
+    assert (method.plan.widths == best.widths.numpy()).all() and method.plan.ratio <= 0.4
 
 
 def test_subnetworks_of_stp_are_on_budget_and_the_larger_one_between_it_and_its_double(network):
@@ -135,9 +138,49 @@ def test_subnetworks_of_stp_are_on_budget_and_the_larger_one_between_it_and_its_
     for step in range(0, 60, 2 * method.settings.turns):
         method.steps = step
         method.start_step(0.1)
-        for widths in method.widths[:2]:
-            assert on_budget(space, Plan.from_widths(space, widths, np.arange(space.size)), 0.3)
-        assert space.ratio(method.widths[2]) <= 0.6
+        for name in ("hard", "challenger"):
+            assert on_budget(space, Plan.from_widths(space, method.choices[name].widths.numpy(), np.arange(space.size)), 0.3)
+        assert space.ratio(method.choices["larger"].widths.numpy()) <= 0.6
+
+
+@pytest.fixture
+def deep():
+    torch.manual_seed(0)
+    return capture(timm.create_model("resnet10t", channels=(16, 16, 24, 24), layers=(3, 2, 1, 1), stem_width=8, num_classes=5), (3, 32, 32)).network
+
+
+def test_subnetworks_of_stp_have_depths_that_fill_the_budget(deep, batch):
+    space = Space(deep, divisor=2)
+    method = STP(deep, space, 0.5)
+    assert method.full.tolist() == [3, 1]
+    seen = set()
+    images = torch.randn(8, 3, 32, 32)
+    for step in range(0, 40 * method.settings.turns, 2 * method.settings.turns):
+        method.steps = step
+        method.start_step(0.1)
+        for inner in (method.hard, method.larger):
+            seen.add(inner.plan.space.dropped)
+            assert inner.run(inner.parameters(), images).shape == (8, 5)
+        assert method.hard.plan.ratio <= 0.5 and method.hard.plan.space.ratio(space.full) >= 0.5
+    assert len(seen) >= 3
+
+
+def test_stp_without_blocks_goes_on_from_its_state(deep):
+    method = STP(deep, Space(deep, divisor=2), 0.3)
+    torch.manual_seed(1)
+    for step in range(0, 400, method.settings.turns):
+        method.steps = step
+        method.scores[:] = torch.rand(2)
+        method.start_step(0.1)
+        if method.hard.plan.space.dropped:
+            break
+    state = copy.deepcopy(method.state_dict())
+    other = STP(deep, Space(deep, divisor=2), 0.3)
+    other.load_state_dict(state)
+    assert method.hard.plan.space.dropped and other.hard.plan.space.dropped == method.hard.plan.space.dropped
+    images = torch.randn(8, 3, 32, 32)
+    torch.testing.assert_close(other.networks()["hard"].eval()(images), method.networks()["hard"].eval()(images), rtol=0, atol=0)
+    torch.testing.assert_close(other.result()(images), method.networks()["hard"].eval()(images))
 
 
 def test_widths_are_in_proportion_to_the_shares(network):

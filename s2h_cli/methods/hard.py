@@ -9,6 +9,8 @@ import torch
 from torch import fx, nn
 from torch.func import functional_call
 
+from ..depth import without
+from ..graph import tensors_of
 from ..plan import Plan, Space
 from ..rebuild import Indices, kept_indices, rebuild, resize, skeleton, slice_parameters
 
@@ -23,21 +25,29 @@ class HardNetwork:
     """
 
     def __init__(self, network: fx.GraphModule, space: Space, operands: dict[str, torch.Tensor], *, compile: bool = False, sync_bn: bool = False):
-        self.whole, self.operands, self.compile = network, operands, compile
-        self.module = skeleton(network)
-        if sync_bn:
-            self.module = nn.SyncBatchNorm.convert_sync_batchnorm(self.module)
-        self.run = runner(self.module)
+        self.network, self.operands, self.compile, self.sync_bn = network, operands, compile, sync_bn
         self.plan: Plan | None = None
-        self.indices: Indices = {}
         self.follow(Plan.whole(space))
 
     def follow(self, plan: Plan) -> None:
-        """Makes it the network of `plan`."""
-        if self.plan is None or not np.array_equal(plan.keep, self.plan.keep):
-            self.plan = plan
-            self.indices = kept_indices(plan, next(iter(self.operands.values())).device)
-            resize(self.module, self.whole, plan, self.indices)
+        """Makes it the network of `plan`. Where that drops other blocks than before, its batch-norm statistics start anew."""
+        if self.plan is None or plan.space.dropped != self.plan.space.dropped:
+            self._build(plan.space)
+        elif np.array_equal(plan.keep, self.plan.keep):
+            return
+        self.plan = plan
+        self.indices: Indices = kept_indices(plan, next(iter(self.operands.values())).device)
+        resize(self.module, self.whole, plan, self.indices)
+
+    def _build(self, space: Space) -> None:
+        training = (self.module if self.plan else self.network).training
+        self.whole = without(self.network, space.dropped)
+        self.module = skeleton(self.whole)
+        if self.sync_bn:
+            self.module = nn.SyncBatchNorm.convert_sync_batchnorm(self.module)
+        self.module.train(training)
+        self.run = runner(self.module)
+        self.present = tensors_of(self.whole).keys()
 
     def stand_still(self) -> None:
         """Says that the plan stays."""
@@ -45,14 +55,14 @@ class HardNetwork:
             self.run = torch.compile(self.run)
 
     def parameters(self) -> dict[str, torch.Tensor]:
-        return slice_parameters(self.operands, self.indices)
+        return slice_parameters({name: tensor for name, tensor in self.operands.items() if name in self.present}, self.indices)
 
     def evaluated(self) -> nn.Module:
         return Forward(self.module, self.parameters)
 
     def result(self, network: fx.GraphModule) -> fx.GraphModule:
         """The network, cut, with weights of its own: what is written to disk."""
-        small = rebuild(network, self.plan)
+        small = rebuild(without(network, self.plan.space.dropped), self.plan)
         for name, buffer in small.named_buffers():
             buffer.copy_(self.module.get_buffer(name))
         return small

@@ -2,11 +2,11 @@
 
 On every step the whole network learns the task, then two subnetworks learn its logits: one on budget, and a larger one (the paper's
 subnet mutating expansion, against the gap in capacity). No weight is driven to zero. The loss itself guides the exploration: a
-challenger, drawn at random or made from the best subnetwork by changing some widths, takes turns with it for some steps, and takes
-its place if the mean of its KL(whole || subnetwork) over them is lower. From `settle` of the schedule on the best one alone learns.
+challenger, drawn at random or made from the best subnetwork by changing some widths and depths, takes turns with it for some steps, and
+takes its place if the mean of its KL(whole || subnetwork) over them is lower. From `settle` of the schedule on the best one alone learns.
 
-A subnetwork is here a choice of widths, its channels those of greatest L1 norm. The paper also drops blocks from the ends of stages;
-that is not done.
+A subnetwork is a choice of depths, by how many blocks each stage is shortened from its end, and of widths, a group's channels being those
+of greatest L1 norm.
 """
 
 from __future__ import annotations
@@ -19,8 +19,9 @@ import torch
 from torch import fx, nn
 
 from .. import distributed
+from ..depth import shorten, stages
 from ..masks import Importance, plan_of_ranks, widths_of
-from ..plan import Space
+from ..plan import Plan, Space
 from .hard import HardMethod, HardNetwork
 from .s2h import divergence
 
@@ -30,29 +31,46 @@ class Settings:
     """Constants of the method."""
 
     explore: float = 0.5  #: probability that a challenger is drawn at random
-    change: float = 0.2  #: probability that a mutation changes the width of a group
+    change: float = 0.2  #: probability that a mutation changes the width of a group, or the depth of a stage
     turns: int = 5  #: steps that best and challenger train each before they are compared
     growth: float = 2.0  #: the larger subnetwork has up to this many times the MACs of the budget
     settle: float = 0.5  #: share of the schedule after which the best subnetwork stays
 
 
-class STP(HardMethod):
-    """The whole network, and subnetworks on slices of its weights. `compile` and `sync_bn` as in `s2h_cli.methods`.
+@dataclass
+class Subnetwork:
+    """A choice, as numbers.
 
-    A subnetwork is told by its *shares*: (groups,) numbers that its widths are in proportion to, as far as the budget goes.
+    Attributes:
+        shares: (groups,) numbers that the widths are in proportion to, as far as the budget goes.
+        depths: (stages,) blocks that are left of each stage.
+        widths: (groups,) atoms.
     """
+
+    shares: torch.Tensor
+    depths: torch.Tensor
+    widths: torch.Tensor
+
+
+class STP(HardMethod):
+    """The whole network, and subnetworks on slices of its weights: the best one (`hard`), its challenger, and a larger one.
+    `compile` and `sync_bn` as in `s2h_cli.methods`."""
 
     def __init__(self, network: fx.GraphModule, space: Space, target: float, settings: Settings = Settings(), *,
                  compile: bool = False, sync_bn: bool = False):
         self.network, self.space, self.target, self.settings = network, space, target, settings
         self.weights = dict(network.named_parameters())
         self.importance = Importance(space, self.weights)
-        self.whole, self.hard, self.larger = (
-            HardNetwork(network, space, self.weights, compile=compile, sync_bn=sync_bn) for _ in range(3))
-        self.larger.module.train()  # the loop knows the networks that are evaluated
-        self.shares = torch.ones(2, len(space.groups))  # of the best subnetwork, and of its challenger
-        self.widths = np.zeros((3, len(space.groups)), int)  # of both, and of the larger subnetwork
-        self.scores = torch.zeros(2, device=next(network.parameters()).device)  # sums of KL since the last comparison
+        self.whole, self.hard, self.challenger, self.larger = (
+            HardNetwork(network, space, self.weights, compile=compile, sync_bn=sync_bn) for _ in range(4))
+        for inner in (self.challenger, self.larger):
+            inner.module.train()  # the loop knows the networks that are evaluated
+        self.stages = stages(network, space)
+        self.shortened: dict[tuple[int, ...], Space] = {}  # by depths
+        self.full = torch.tensor([len(stage) for stage in self.stages], dtype=torch.int64)
+        everything = Subnetwork(torch.ones(len(space.groups)), self.full, torch.from_numpy(space.full))
+        self.choices = {"hard": everything, "challenger": everything, "larger": everything}
+        self.scores = torch.zeros(2, device=next(network.parameters()).device)  # sums of KL since the last comparison: best, challenger
         self.steps = 0
         self.settled = False
 
@@ -62,13 +80,15 @@ class STP(HardMethod):
         """Picks the subnetworks of this step."""
         if self.settled:
             return
-        if self.steps % (2 * self.settings.turns) == 0:
+        compares = self.steps % (2 * self.settings.turns) == 0
+        if compares:
             self._compare()
         settles = progress >= self.settings.settle
         self.turn = 0 if settles else self.steps % 2
         ranks = self.importance.ranks()
-        self.hard.follow(plan_of_ranks(self.space, self.widths[self.turn], ranks))
-        self.larger.follow(plan_of_ranks(self.space, self.widths[2], ranks))
+        for name in self.choices if compares else ("challenger" if self.turn else "hard", "larger"):  # channels move with the weights
+            choice = self.choices[name]
+            getattr(self, name).follow(plan_of_ranks(self._space(choice.depths), choice.widths.numpy(), ranks))
         self.steps += 1
         if settles:
             self._settle()
@@ -84,8 +104,9 @@ class STP(HardMethod):
         return {"task": criterion(logits, targets)}
 
     def hard_terms(self, images: torch.Tensor, targets: torch.Tensor, criterion: Callable) -> dict[str, torch.Tensor]:
-        """KL(whole || subnetwork on budget), which is its score too."""
-        loss = divergence(self.logits, self.hard.run(self.hard.parameters(), images))
+        """KL(whole || subnetwork on budget) of the one whose turn it is, which is its score too."""
+        inner = self.challenger if self.turn else self.hard
+        loss = divergence(self.logits, inner.run(inner.parameters(), images))
         self.scores[self.turn] += loss.detach()
         return {"hard": loss}
 
@@ -97,13 +118,18 @@ class STP(HardMethod):
         return {"whole": self.whole.evaluated(), "hard": self.hard.evaluated()}
 
     def state_dict(self) -> dict:
-        return {"hard": self.hard.state_dict(), "whole": self.whole.state_dict(), "larger": self.larger.state_dict(), "shares": self.shares,
-                "widths": torch.from_numpy(self.widths), "scores": distributed.mean(self.scores.clone()), "steps": self.steps, "settled": self.settled}
+        return {"whole": self.whole.state_dict(), **{name: getattr(self, name).state_dict() for name in self.choices},
+                "choices": {name: vars(choice) for name, choice in self.choices.items()},
+                "scores": distributed.mean(self.scores.clone()), "steps": self.steps, "settled": self.settled}
 
     def load_state_dict(self, state: dict) -> None:
-        for network in ("hard", "whole", "larger"):
-            getattr(self, network).load_state_dict(state[network])
-        self.shares, self.widths, self.steps = state["shares"], state["widths"].numpy(), state["steps"]
+        self.whole.load_state_dict(state["whole"])
+        for name, choice in state["choices"].items():
+            self.choices[name] = choice = Subnetwork(**choice)
+            inner = getattr(self, name)
+            inner.follow(Plan(self._space(choice.depths), inner.plan.keep))
+            inner.load_state_dict(state[name])
+        self.steps = state["steps"]
         self.scores.copy_(state["scores"])
         if state["settled"]:
             self._settle()
@@ -112,21 +138,41 @@ class STP(HardMethod):
 
     def _compare(self) -> None:
         """The better of two goes on as the best; a new challenger, and a new larger subnetwork. The same in all processes of a job."""
+        groups, deep = len(self.space.groups), len(self.stages)
+        if self.steps == 0:
+            self.choices["hard"] = self._on_budget(torch.ones(groups), self.full, self.target)
         best, challenger = distributed.mean(self.scores).tolist()
         if challenger < best:
-            self.shares[0], self.widths[0] = self.shares[1], self.widths[1]
-        draws = distributed.same(torch.rand(5, len(self.space.groups)).to(self.scores.device)).cpu()
-        if draws[0, 0] < self.settings.explore or self.steps == 0:
-            self.shares[1] = 0.1 + 0.9 * draws[1]
-        else:
-            self.shares[1] = torch.where(draws[1] < self.settings.change, 0.1 + 0.9 * draws[2], self.shares[0])
-        grown = torch.where(draws[3] < self.settings.change, 0.1 + 0.9 * draws[4], self.shares[0])
-        budget = min(1.0, self.target * (1 + (self.settings.growth - 1) * float(draws[0, -1])))
-        if self.steps == 0:
-            self.widths[0] = widths_of(self.space, self.shares[0], self.target)
-        self.widths[1] = widths_of(self.space, self.shares[1], self.target)
-        self.widths[2] = widths_of(self.space, grown, budget)
+            self.hard, self.challenger = self.challenger, self.hard
+            self.choices["hard"] = self.choices["challenger"]
+        draws = distributed.same(torch.rand(4, groups + deep + 1).to(self.scores.device)).cpu()
+        explores, growth = draws[0, -1] < self.settings.explore, float(draws[2, -1])
+        now = self.choices["hard"]
+
+        def drawn(change: torch.Tensor, to: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            """Shares and depths of the best subnetwork, some of them changed."""
+            shares = torch.where(change[:groups], 0.1 + 0.9 * to[:groups], now.shares)
+            return shares, torch.where(change[groups:-1], (to[groups:-1] * (self.full + 1)).long(), now.depths)
+
+        chance = 1.0 if explores else self.settings.change
+        self.choices["challenger"] = self._on_budget(*drawn(draws[0] < chance, draws[1]), self.target)
+        larger = min(1.0, self.target * (1 + (self.settings.growth - 1) * growth))
+        self.choices["larger"] = self._on_budget(*drawn(draws[2] < self.settings.change, draws[3]), larger)
         self.scores.zero_()
+
+    def _on_budget(self, shares: torch.Tensor, depths: torch.Tensor, budget: float) -> Subnetwork:
+        """The subnetwork of these shares and depths; where the blocks that are left cannot fill the budget, the deepest cut stages get theirs back."""
+        depths = depths.clone()
+        while (space := self._space(depths)).ratio(space.full) < budget:
+            depths[(self.full - depths).argmax()] += 1
+        return Subnetwork(shares, depths, torch.from_numpy(np.where(space.gone, 0, widths_of(space, shares, budget))))
+
+    def _space(self, depths: torch.Tensor) -> Space:
+        key = tuple(depths.tolist())
+        if key not in self.shortened:
+            blocks = tuple(block for stage, depth in zip(self.stages, key) for block in stage[depth:])
+            self.shortened[key] = shorten(self.network, self.space, blocks)
+        return self.shortened[key]
 
     def _settle(self) -> None:
         self.settled = True

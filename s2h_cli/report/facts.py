@@ -19,8 +19,8 @@ def describe(plan: Plan, model: str, input_size: tuple[int, int, int], target: f
     """
     space = plan.space
     widths = plan.widths
-    macs, full_macs = space.macs.by_row(widths), space.macs.by_row(space.full)
-    params, full_params = space.parameters.by_row(widths), space.parameters.by_row(space.full)
+    macs, full_macs = space.macs.by_row(widths), space.whole.macs.by_row(space.full)
+    params, full_params = space.parameters.by_row(widths), space.whole.parameters.by_row(space.full)
     owner = {name: name if name in {x.name for x in space.layers} else name.rpartition(".")[0] for name in space.parameter_names}
 
     def channels(axis: np.ndarray | int) -> list[int]:
@@ -38,6 +38,7 @@ def describe(plan: Plan, model: str, input_size: tuple[int, int, int], target: f
         "macs": {"full": int(full_macs.sum()), "pruned": int(macs.sum()), "ratio": plan.ratio, "target": target,
                  "min_ratio": space.min_ratio},
         "params": {"full": int(full_params.sum()), "pruned": int(params.sum()), "ratio": params.sum() / full_params.sum()},
+        "dropped": [block.name for block in space.dropped],
         "layers": layers,
         "groups": [{"name": g.name, "size": g.size, "kept": int(n), "layers": list(g.layers)}
                    for g, n in zip(space.groups, widths)],

@@ -54,6 +54,8 @@ def _summary(facts: dict[str, Any], pruned: bool) -> Text:
     else:
         lines += [f"MACs    {quantity(macs['full'])}   smallest reachable ratio {macs['min_ratio']:.4f}",
                   f"params  {quantity(params['full'])}"]
+    if facts.get("dropped"):
+        lines.append(f"without {', '.join(facts['dropped'])}")
     lines.append(f"({CONVENTION})")
     return Text("\n".join([*lines, *(f"note: {note}" for note in facts.get("notes", [])), ""]))
 
