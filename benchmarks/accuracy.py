@@ -2,19 +2,26 @@
 at equal cost.
 
     python benchmarks/accuracy.py fashion FOLDER                       # runs what is missing of a table, then prints it
-    python benchmarks/accuracy.py fashion FOLDER --scenario A --rows s2h uniform+kd --seeds 0 1
+    python benchmarks/accuracy.py fashion FOLDER --scenario A --rows s2h uniform --seeds 0 1
 
 FOLDER holds the data set as an image folder with `train/` and `val/`; of each class the first images count, as many as the table says.
 A cell is one training run. Its row goes into `benchmarks/accuracy/TABLE.csv` as soon as it ends, and a cell that is there is not run again.
+
+In scenario A all start from one dense network, whose cost is not counted, and which teaches all of them (as it does by default in
+`s2h prune`), but for the rows that say "not taught". In scenario B there is no such network.
+
 Cost is in units: one forward and backward of the whole network over the training images once, by PyTorch's counter of operations
-(`torch.utils.flop_counter`) on every tenth step (EPSD's scoring, on its first eight steps, is not in it). Scenario A starts from one dense network, whose cost is not counted and
-which is also the teacher of the rows that have one. The rows of Torch-Pruning need `pip install torch-pruning`.
+(`torch.utils.flop_counter`) on every tenth step (EPSD's scoring, on its first eight steps, is not in it). `soft` is the accuracy of
+the soft network, or of STP's whole one, and `gap`, `js` and `l2` what lies between it and the hard one at that time: for S2H the end of
+the epoch in which the two become one, for others the end of the run. The rows of Torch-Pruning need `pip install torch-pruning`.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import csv
+import math
 import statistics
 import sys
 import time
@@ -22,7 +29,7 @@ from collections import defaultdict
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Iterator
 
 import timm
 import torch
@@ -48,7 +55,7 @@ class Row:
 
     method: str = "s2h"
     settings: dict[str, Any] = field(default_factory=dict)  #: S2H's, where they are not the defaults
-    teacher: bool = False  #: the dense network teaches beside the targets (scenario A)
+    taught: bool = True  #: the dense network teaches beside the targets (scenario A)
     epochs: float = 1.0  #: as a multiple of the table's
     cost: str | None = None
 
@@ -65,9 +72,10 @@ class Table:
     lr: float = 1e-3
 
 
+HALF_RESNET10 = f"{Path(__file__).with_name('half_resnet10.py')}:half_resnet10"
 TABLES = {
-    "fashion": Table("resnet10t", 32, 600, 600, epochs=8, dense_epochs=12),
-    "cifar10": Table("resnet10t", 32, 1000, 500, epochs=10, dense_epochs=20),
+    "fashion": Table(HALF_RESNET10, 32, 600, 600, epochs=8, dense_epochs=12),
+    "cifar10": Table(HALF_RESNET10, 32, 600, 600, epochs=8, dense_epochs=20),
     "digits": Table("resnet10t", 32, 1000, 1000, epochs=10, dense_epochs=20),
 }
 
@@ -77,21 +85,22 @@ ROWS = {
     "stp": Row("stp"),
     "dmp": Row("dmp"),
     **{name: Row(name) for name in CONTROLS},
-    **{f"{name}+kd": Row(name, teacher=True) for name in CONTROLS},
     **{f"{name} = cost": Row(name, cost="s2h") for name in CONTROLS},
-    **{f"{name}+kd = cost": Row(name, teacher=True, cost="s2h") for name in CONTROLS},
-    # A short search, then the hard network alone, taught by the dense one.
-    "s2h+kd, alone = cost": Row(settings={"ramp": 0.05, "freeze": 0.08, "alone": 0.08}, teacher=True, epochs=2.25),
-    # Which gradients reach masks and weights.
+    **{f"{name}, not taught": Row(name, taught=False) for name in ("s2h", "stp", "dmp", *CONTROLS)},
+}
+#: What each part of S2H gives: run when they are named.
+ABLATIONS = {
     "s2h, u without L": Row(settings={"hears": ("hard", "mask")}),
     "s2h, u without m_hat": Row(settings={"hears": ("task", "mask")}),
     "s2h, u without step 2": Row(settings={"hears": ("task", "hard")}),
     "s2h, u by R alone": Row(settings={"hears": ()}),
     "s2h, hard network not trained": Row(settings={"teaches": False}),
-    "s2h, masks to the end": Row(settings={"freeze": 1.0}),
+    "s2h, masks to the end": Row(settings={"freeze": 1.0, "merge": math.inf}),
+    "s2h, never merged": Row(settings={"merge": math.inf}),
+    "s2h, merged at the freeze": Row(settings={"merge": 0.0}),
 }
 
-COLUMNS = ("scenario", "row", "flops", "seed", "epochs", "hard", "soft", "js", "l2", "ratio", "units", "seconds", "widths", "torch", "timm", "command")
+COLUMNS = ("scenario", "row", "flops", "seed", "epochs", "hard", "soft", "gap", "js", "l2", "ratio", "units", "seconds", "widths", "torch", "timm", "command")
 
 
 def main() -> None:
@@ -99,7 +108,7 @@ def main() -> None:
     parser.add_argument("table", choices=TABLES)
     parser.add_argument("data")
     parser.add_argument("--scenario", choices=("A", "B"), nargs="+", default=["A", "B"])
-    parser.add_argument("--rows", nargs="*", choices=ROWS, default=list(ROWS), metavar="ROW")
+    parser.add_argument("--rows", nargs="*", choices=[*ROWS, *ABLATIONS], default=list(ROWS), metavar="ROW")
     parser.add_argument("--flops", type=float, nargs="+")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     args = parser.parse_args()
@@ -109,7 +118,7 @@ def main() -> None:
         for flops in args.flops or table.flops:
             for seed in args.seeds:
                 for name in args.rows:
-                    if find(path, scenario, name, flops, seed) is None:
+                    if (scenario == "A" or "taught" not in name) and find(path, scenario, name, flops, seed) is None:
                         found = run_cell(table, splits, path, scenario, name, flops, seed)
                         append(path, {"scenario": scenario, "row": name, "flops": flops, "seed": seed, **found,
                                       "torch": torch.__version__, "timm": timm.__version__,
@@ -119,18 +128,13 @@ def main() -> None:
 
 def run_cell(table: Table, splits: Splits, path: Path, scenario: str, name: str, flops: float, seed: int) -> dict[str, Any]:
     """Trains one cell; what `COLUMNS` says of it."""
-    row = ROWS[name]
+    row = (ROWS | ABLATIONS)[name]
     source, network = fresh(table, splits, seed)
     teacher = None
     if scenario == "A":
-        weights = dense_weights(table, splits, path.with_name(f"{path.stem}-dense.pt"))
-        network.load_state_dict(weights)
-        if row.teacher:
-            teacher = fresh(table, splits, seed)[1]
-            teacher.load_state_dict(weights)
-            teacher.eval().requires_grad_(False)
-    elif row.teacher:
-        return {"epochs": 0}  # there is no trained network to learn from
+        network.load_state_dict(dense_weights(table, splits, path.with_name(f"{path.stem}-dense.pt")))
+        teacher = copy.deepcopy(network).eval().requires_grad_(False) if row.taught else None
+    whole = copy.deepcopy(network)
     if row.method in OUTSIDE:
         full = Space(network).full_macs
         network = OUTSIDE[row.method](source, network, flops)
@@ -144,17 +148,13 @@ def run_cell(table: Table, splits: Splits, path: Path, scenario: str, name: str,
         paid, alone = find(path, scenario, row.cost, flops, seed), find(path, scenario, name.removesuffix(" = cost"), flops, seed)
         if paid is None or alone is None:
             sys.exit(f"'{name}' needs the rows '{row.cost}' and '{name.removesuffix(' = cost')}' first")
-        epochs = int(float(paid["units"]) / (float(alone["units"]) / int(alone["epochs"])))
-    meter = Meter(fresh(table, splits, seed)[1], source, len(splits.train) // 64)
+        epochs = math.ceil(float(paid["units"]) / (float(alone["units"]) / int(alone["epochs"])))
+    merge = getattr(getattr(method, "settings", None), "merge", math.inf)
+    watcher = Watcher(method, whole, source, len(splits.train) // 64, {epochs, min(epochs, math.ceil(merge * epochs)) if merge < math.inf else epochs})
     started = time.perf_counter()
-    found = train(method, table, splits, source, epochs, table.lr, seed, meter, teacher)
-    seconds = time.perf_counter() - started
-    networks = method.networks()
-    other = next((networks[kind] for kind in ("soft", "whole") if kind in networks), None)
-    accuracy = {name.removeprefix("top1_"): value for name, value in found.items() if name.startswith("top1_")}
-    js, l2 = gap(other, networks["hard"], loaders(table, splits, source, seed)[1]) if other else ("", "")
-    return {"epochs": epochs, "hard": accuracy["hard"], "soft": accuracy.get("soft", accuracy.get("whole", "")), "js": js, "l2": l2,
-            "ratio": ratio or method.plan.ratio, "units": meter.units(epochs), "seconds": round(seconds), "widths": " ".join(map(str, method.plan.widths))}
+    found = train(method, table, splits, source, epochs, table.lr, seed, watcher, teacher)
+    return {"epochs": epochs, "hard": found["top1_hard"], **watcher.apart, "ratio": ratio or method.plan.ratio, "units": watcher.units(epochs),
+            "seconds": round(time.perf_counter() - started), "widths": " ".join(map(str, method.plan.widths))}
 
 
 def fresh(table: Table, splits: Splits, seed: int) -> tuple[Source, Any]:
@@ -163,16 +163,13 @@ def fresh(table: Table, splits: Splits, seed: int) -> tuple[Source, Any]:
     return source, capture(source.module, source.input_size).network
 
 
-def loaders(table: Table, splits: Splits, source: Source, seed: int) -> list:
-    loading = dict(input_size=source.input_size, mean=source.mean, std=source.std, interpolation=source.interpolation,
-                   crop_pct=source.crop_pct, batch_size=64, workers=0, flip=splits.flip, seed=seed)
-    return [make_loader(splits.train, train=True, **loading), make_loader(splits.val, train=False, **loading)]
-
-
-def train(method: Any, table: Table, splits: Splits, source: Source, epochs: int, lr: float, seed: int, watcher: Any,
+def train(method: Any, table: Table, splits: Splits, source: Source, epochs: int, lr: float, seed: int, watcher: "Watcher",
           teacher: nn.Module | None = None) -> dict[str, Any]:
     """The last epoch's row of `fit`."""
-    return fit(method, *loaders(table, splits, source, seed), Recipe(epochs=epochs, lr=lr, seed=seed), watcher,
+    loading = dict(input_size=source.input_size, mean=source.mean, std=source.std, interpolation=source.interpolation,
+                   crop_pct=source.crop_pct, batch_size=64, workers=0, flip=splits.flip, seed=seed)
+    watcher.val.extend(make_loader(splits.val, train=False, **loading))
+    return fit(method, make_loader(splits.train, train=True, **loading), watcher.val, Recipe(epochs=epochs, lr=lr, seed=seed), watcher,
                classes=len(splits.class_names), teacher=teacher)[-1]
 
 
@@ -181,25 +178,37 @@ def dense_weights(table: Table, splits: Splits, path: Path) -> dict[str, torch.T
     if not path.exists():
         source, network = fresh(table, splits, 0)
         method = METHODS["dense"](network, Space(network), 1.0)
-        row = train(method, table, splits, source, table.dense_epochs, 1e-3, 0, Silent())
+        watcher = Watcher(method, copy.deepcopy(network), source, len(splits.train) // 64, {table.dense_epochs})
+        row = train(method, table, splits, source, table.dense_epochs, 1e-3, 0, watcher)
         print(f"dense network: {row['top1_hard']:.2f}", flush=True)
         path.parent.mkdir(exist_ok=True)
         torch.save(method.result().state_dict(), path)  # with the statistics that it was evaluated with
     return torch.load(path, weights_only=True)
 
 
-class Silent:
-    def step(self, *_: object) -> None: ...
-    def epoch(self, *_: object) -> None: ...
+class Batches(list):
+    """The validation batches; only the first of them, as long as no one reads the evaluation."""
+
+    whole = False
+
+    def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        return super().__iter__() if self.whole else iter(self[:1])
 
 
-class Meter(Silent):
-    """The loop's watcher that counts the operations of one step in every few; `steps` are those of an epoch."""
+class Watcher:
+    """The loop's watcher: counts the operations of one step in every few, and compares soft and hard network.
 
-    def __init__(self, network: Any, source: Source, steps: int):
+    Args:
+        network: the whole one, which a unit of cost is a forward and backward of.
+        steps: of an epoch.
+        evaluated: the epochs, from 1, whose evaluation is read.
+    """
+
+    def __init__(self, method: Any, network: nn.Module, source: Source, steps: int, evaluated: set[int]):
         with FlopCounterMode(display=False) as self.counter:
             network.train()(torch.randn(64, *source.input_size)).square().mean().backward()
         self.unit, self.steps, self.counted, self.counting = self.counter.get_total_flops(), steps, [], False
+        self.method, self.evaluated, self.apart, self.val = method, evaluated, {}, Batches()
 
     def step(self, epoch: int, step: int, facts: dict[str, float]) -> None:
         if self.counting:
@@ -208,6 +217,14 @@ class Meter(Silent):
         self.counting = step % METER_EVERY == METER_EVERY - 1 and step < self.steps
         if self.counting:  # the next step
             self.counter = FlopCounterMode(display=False).__enter__()
+        self.val.whole = epoch + 1 in self.evaluated
+
+    def epoch(self, row: dict[str, Any], seconds: float) -> None:
+        networks = self.method.networks()
+        for kind in ("soft", "whole"):
+            if kind in networks and row["epoch"] in self.evaluated:
+                js, l2 = gap(networks[kind], networks["hard"], self.val)
+                self.apart = {"soft": row[f"top1_{kind}"], "gap": row[f"top1_{kind}"] - row["top1_hard"], "js": js, "l2": l2}
 
     def units(self, epochs: int) -> float:
         return statistics.mean(self.counted) / self.unit * epochs
@@ -285,7 +302,7 @@ def append(path: Path, found: dict[str, Any]) -> None:
         writer = csv.DictWriter(file, COLUMNS, restval="")
         if new:
             writer.writeheader()
-        writer.writerow({name: f"{value:.4g}" if isinstance(value, float) and name not in ("hard", "soft") else
+        writer.writerow({name: f"{value:.4g}" if isinstance(value, float) and name not in ("hard", "soft", "gap") else
                          f"{value:.2f}" if isinstance(value, float) else value for name, value in found.items()})
     print({name: found.get(name) for name in COLUMNS[:12]}, flush=True)
 
@@ -296,11 +313,11 @@ def summary(path: Path) -> str:
     for row in read(path):
         if row["hard"]:
             cells[row["scenario"], row["flops"], row["row"]].append(row)
-    lines = ["| scenario | flops | row | seeds | epochs | hard, % | ± | soft, % | JS | L2 | cost, units | seconds |", "|" + "---|" * 12]
+    lines = ["| scenario | flops | row | seeds | epochs | hard, % | ± | soft, % | soft - hard | JS | L2 | cost, units | seconds |", "|" + "---|" * 13]
     for (scenario, flops, name), rows in sorted(cells.items(), key=lambda cell: (cell[0][:2], -mean(cell[1], "hard"))):
         hard = [float(row["hard"]) for row in rows]
         spread = f"{statistics.stdev(hard) / len(hard) ** 0.5:.2f}" if len(hard) > 1 else ""
-        shown = [f"{mean(rows, c):.{d}f}" if rows[0][c] else "" for c, d in (("soft", 2), ("js", 4), ("l2", 2), ("units", 1), ("seconds", 0))]
+        shown = [f"{mean(rows, c):.{d}f}" if rows[0][c] else "" for c, d in (("soft", 2), ("gap", 2), ("js", 4), ("l2", 2), ("units", 1), ("seconds", 0))]
         lines.append(f"| {scenario} | {flops} | {name} | {len(rows)} | {rows[0]['epochs']} | {statistics.mean(hard):.2f} | {spread} | {' | '.join(shown)} |")
     return "\n".join(lines)
 

@@ -47,7 +47,8 @@ def prune(
     config: Annotated[Optional[Path], setting("Settings of an earlier run: its args.yaml.", metavar="FILE")] = None,
     pretrained: Annotated[Optional[bool], setting("Start from the name's published weights, where it has any.", "--pretrained/--no-pretrained", default="pretrained")] = None,
     weights: Annotated[Optional[str], setting("Start from this .safetensors or .pth file.")] = None,
-    teacher: Annotated[Optional[str], setting("Learn from this network too: a file of trained weights of MODEL, a model with trained weights, or a run.")] = None,
+    teacher: Annotated[Optional[str], setting("Learn from this network too: a file of trained weights of MODEL, a model with trained weights, a run, start or none. "
+                                                  "[default: start, the network that the run starts from, if it knows the classes]")] = None,
     epochs: Annotated[Optional[int], setting("0: no training, one cut by weight importance. [default: 100; digits: 20]", min=0)] = None,
     batch_size: Annotated[Optional[int], setting("Images per step, over all processes.", min=1, default=Config.batch_size)] = None,
     grad_accum_steps: Annotated[Optional[int], setting("Steps whose gradients one update adds up.", min=1, default=Config.grad_accum_steps)] = None,

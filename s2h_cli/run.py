@@ -11,6 +11,7 @@ from typing import Any, Iterator, NamedTuple
 
 import torch
 from rich.console import Console
+from torch import nn
 from torch.utils.data import DataLoader
 
 from . import artifacts, data, distributed
@@ -28,7 +29,7 @@ from .report.curves import Curves, check_log, start_log
 from .report.facts import describe
 from .report.progress import TrainingDisplay, Watchers
 from .source import load_source, short_name
-from .teacher import Teacher, load_teacher
+from .teacher import NO_ONE, START, knows, load_teacher, start
 from .train import checkpoint, loop
 from .train.evaluate import top1
 from .train.loop import first_batches, fit, seed_everything, try_step
@@ -60,7 +61,7 @@ def prune(config: Config, console: Console, *, resume: bool = False, dry_run: bo
     last = folder / "checkpoints" / "last"
     config = resumed(config, folder) if resume else config
     state = checkpoint.load(last) if resume and last.exists() else None
-    job = prepare(config, device, console, fetch=state is None)
+    job = prepare(config, device, console, resuming=state is not None)
     if dry_run:
         if config.epochs:
             try_step(job.method, job.train, config, len(job.classes), job.teacher)
@@ -85,7 +86,7 @@ class Job(NamedTuple):
     """All that a training needs, made from the settings. `loading` are the arguments of `data.make_loader` that every loader shares."""
 
     method: Any
-    teacher: Teacher | None
+    teacher: nn.Module | None
     splits: data.Splits
     loading: dict[str, Any]
     preprocessing: dict[str, Any]
@@ -116,15 +117,15 @@ def check_settings(config: Config) -> None:
         raise UserError(f"--batch-size {config.batch_size} cannot be shared by {distributed.WORLD} processes; give a multiple of their number")
 
 
-def prepare(config: Config, device: torch.device, console: Console, fetch: bool) -> Job:
-    """Model and data to method and loaders. What `config` leaves to model and data is filled in; `fetch` as for `load_source`."""
+def prepare(config: Config, device: torch.device, console: Console, resuming: bool) -> Job:
+    """Model and data to method and loaders. What `config` leaves to model and data is filled in."""
     splits = data.open_splits(config.data, val_fraction=config.val_fraction, seed=config.seed, skip_bad_images=config.skip_bad_images)
     classes = splits.class_names
     config.img_size = config.img_size or IMG_SIZE.get(config.data)
     seed_everything(config.seed, 0)
     source = load_source(config.model, num_classes=len(classes), pretrained=config.pretrained,
                          weights=Path(config.weights) if config.weights else None, img_size=config.img_size,
-                         fetch=fetch, drop=config.drop, drop_path=config.drop_path)
+                         fetch=not resuming or config.teacher == START, drop=config.drop, drop_path=config.drop_path)
     if config.epochs is None:
         config.epochs = EPOCHS.get(config.data, DEFAULT_EPOCHS)
     if config.lr is None:
@@ -138,7 +139,22 @@ def prepare(config: Config, device: torch.device, console: Console, fetch: bool)
     space = Space(network, tuple(config.exclude), config.divisor, config.prune_head_dim)
     for budget in config.budgets:
         check_reachable(space, budget)
-    teacher = load_teacher(config.teacher, source, classes, device) if config.teacher else None
+    preprocessing = dict(input_size=source.input_size, mean=source.mean, std=source.std, interpolation=source.interpolation,
+                         crop_pct=source.crop_pct)
+    loading = dict(**preprocessing, batch_size=config.batch_size, workers=config.workers, flip=splits.flip, recipe=config, seed=config.seed)
+    loader = data.make_loader(splits.train, train=True, **loading, rank=distributed.RANK, world=distributed.WORLD)
+    trained = source.pretrained and not source.new_head and config.epochs and config.method != "dense"
+    if trained and config.teacher is None and not resuming:
+        with data.naming_images(loader):
+            known = knows(network, loader, len(classes), device)
+        if known is not None:
+            config.teacher = START
+            source.notes.append(f"it starts from a network that is right on {known:.0f} % of the first training images, and learns from it too; "
+                                f"--teacher {NO_ONE}: it does not")
+    if config.teacher == START:
+        teacher = start(network)
+    else:
+        teacher = load_teacher(config.teacher, source, classes, device) if config.teacher not in (None, NO_ONE) else None
     for note in [*source.notes, *splits.notes, *captured.notes]:
         console.print(f"note: {note}", soft_wrap=True)
     processes = f", {distributed.WORLD} processes" if distributed.WORLD > 1 else ""
@@ -149,11 +165,7 @@ def prepare(config: Config, device: torch.device, console: Console, fetch: bool)
 
     kind = partial(METHODS[config.method], compile=config.compile, sync_bn=config.sync_bn) if config.epochs else OneShot
     method = kind(network, space, config.flops) if len(config.budgets) == 1 else Several(kind, network, space, config.budgets)
-    preprocessing = dict(input_size=source.input_size, mean=source.mean, std=source.std, interpolation=source.interpolation,
-                         crop_pct=source.crop_pct)
-    loading = dict(**preprocessing, batch_size=config.batch_size, workers=config.workers, flip=splits.flip, recipe=config, seed=config.seed)
-    shared = dict(rank=distributed.RANK, world=distributed.WORLD)
-    return Job(method, teacher, splits, loading, preprocessing, data.make_loader(splits.train, train=True, **loading, **shared), device)
+    return Job(method, teacher, splits, loading, preprocessing, loader, device)
 
 
 def train(config: Config, job: Job, folder: Path, state: dict | None, console: Console) -> dict[str, Any]:

@@ -1,15 +1,24 @@
-"""`--teacher`: a trained network of the same classes, whose logits the soft network learns beside the targets."""
+"""`--teacher`: a trained network of the same classes, whose logits are learnt beside the targets."""
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
+from typing import Iterator
 
 import torch
 from torch import nn
+from torch.utils.data import DataLoader
 
 from . import artifacts
 from .errors import UserError
 from .source import Source, load_source
+from .train.evaluate import Batch, top1
+
+#: The network that a run starts from, and no one, as teachers.
+START, NO_ONE = "start", "none"
+#: Training images on which is seen whether the start knows the classes.
+TRIED_IMAGES = 1024
 
 WEIGHTS = (".safetensors", ".pth", ".pt", ".bin", ".tar")
 
@@ -26,6 +35,28 @@ class Teacher(nn.Module):
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         return self.network(images * self.scale + self.shift)
+
+
+def start(network: nn.Module) -> nn.Module:
+    """A network as it is now, to learn from."""
+    return copy.deepcopy(network).eval().requires_grad_(False)
+
+
+def knows(network: nn.Module, train: DataLoader, classes: int, device: torch.device) -> float | None:
+    """Accuracy in percent of a network on the first training images, where it is above chance by five standard errors."""
+    seen = 0
+
+    def first() -> Iterator[Batch]:
+        nonlocal seen
+        train.set_epoch(0)
+        for images, targets in train:
+            seen += len(images)
+            yield images, targets
+            if seen >= TRIED_IMAGES:
+                return
+
+    found, chance = top1(start(network), first(), device), 100 / classes
+    return found if found > chance + 5 * (chance * (100 - chance) / seen) ** 0.5 else None
 
 
 def load_teacher(spec: str, pupil: Source, classes: list[str], device: torch.device) -> Teacher:

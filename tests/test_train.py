@@ -248,6 +248,23 @@ def test_a_teacher_is_learnt_from(here, capsys):
         assert word in capsys.readouterr().err
 
 
+def test_a_trained_network_teaches_what_comes_of_it(here, capsys):
+    """Its own start is its teacher, also when it was killed and goes on; unless it is told not to, or knows no better than chance."""
+    assert s2h(*PRUNE[:3], *PRUNE[5:], "--method", "dense", "--data", "data", "--epochs", "6", "-o", "dense") == 0
+    start = ["--weights", "dense/model.safetensors", "--epochs", "2"]
+    assert "--teacher none" not in capsys.readouterr().err
+    for name, options in (("by-start", []), ("by-name", ["--teacher", "start"]), ("alone", ["--teacher", "none"]), ("by-run", ["--teacher", "dense"])):
+        assert s2h(*PRUNE, *start, *options, "-o", name) == 0
+    (by_start, _), (by_name, _), (alone, _), (by_run, _) = (weights(here, name) for name in ("by-start", "by-name", "alone", "by-run"))
+    assert all(torch.equal(by_start[name], by_name[name]) for name in by_start)
+    assert not torch.equal(by_start["stem.weight"], alone["stem.weight"])
+    torch.testing.assert_close(by_start["stem.weight"], by_run["stem.weight"])
+    for options in (["--no-pretrained"], ["--method", "dense"]):
+        args = [a for a in PRUNE if "dense" not in options or a not in ("--flops", "0.4")]
+        assert s2h(*args, *(start if "dense" in options else start[2:]), *options, "-o", options[-1] + "-alone") == 0
+        assert "teacher: null" in (here / (options[-1] + "-alone") / "args.yaml").read_text()
+
+
 def test_a_teacher_sees_images_as_it_was_trained_on_them(here):
     pupil = load_source("net.py:build", img_size=16)
     pixels = torch.rand(4, 3, 16, 16)

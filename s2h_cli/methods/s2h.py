@@ -8,13 +8,14 @@ With s, h the logits of soft and hard network, y the target, sg = stop gradient,
     R          beta (MACs(N) / MACs(full) - target)^2           to u through E
 
 m_hat = sg(m - w) + w has value 1 on every kept channel; dropped channels are not computed, so their share of its gradient is
-not either. The paper trains masks to the end; here the target is ramped over the first part of the schedule, the widths are
-frozen exactly on budget soon after, and the rest trains both networks with the masks as they are (docs/results.md says
-what was measured).
+not either. The paper trains masks to the end. Here the target is ramped over the first part of the schedule, the widths are then
+frozen exactly on budget, and w fades into m, until soft and hard network are one: that one trains on, on the task's loss
+(docs/method.md says what was measured).
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import partial
 from typing import Callable
@@ -40,9 +41,7 @@ class Settings:
     mask_lr: float = 0.05  #: learning rate of the width logits (Adam)
     ramp: float = 0.15  #: share of the schedule over which the target falls from 1 to the budget
     freeze: float = 0.25  #: share of the schedule after which widths stand still, exactly on budget
-    alone: float = 1.0  #: share of the schedule, from `freeze` on, after which the hard network trains alone, on the task's loss
-    hear_every: int = 1  #: steps between two that compute G step 2, of that many times the weight
-    cross_entropy: float = 0.0  #: weight of the task loss of the hard network
+    merge: float = 0.4  #: share of the schedule by which w has faded into m, from `freeze` on; then the hard network trains alone
     hears: tuple[str, ...] = ("task", "hard", "mask")  #: the terms whose gradient reaches u, beside R
     teaches: bool = True  #: whether the hard network trains: G step 1
 
@@ -70,36 +69,37 @@ class S2H(HardMethod):
         self.mask_optimizer = torch.optim.Adam(self.masks.parameters(), lr=settings.mask_lr)
         self.budget = 1.0  # the target of this step
         self.ranks = self.importance.ranks()
-        self.steps = 0
-        self.frozen = False
-        self.gates = torch.ones(space.size, device=device)  # w after the freeze
-        self.alone = False
+        self.frozen = self.merged = False
+        self.ladder = torch.ones(space.size, device=device)  # w at the freeze
+        self.faded = 0.0  # of the way from there to m
 
     # -- the interface of methods ---------------------------------------------------------------------------------
 
     def start_step(self, progress: float) -> None:
-        """Moves the hard network to the current masks, freezes the widths, or lets the hard network train alone, when their time has come."""
+        """Moves the hard network to the current masks, freezes the widths, fades the gates, or lets the hard network go on alone, when
+        their time has come."""
         if not self.frozen:
             self.budget = 1 - (1 - self.target) * min(1.0, progress / self.settings.ramp)
-            self.hears = "mask" in self.settings.hears and self.steps % self.settings.hear_every == 0
-            self.steps += 1
             if progress >= self.settings.freeze:
                 self._freeze()
             else:
                 self.ranks = self.importance.ranks()
                 widths = self.masks.hard_widths().detach().cpu().numpy().astype(int)
                 self.hard.follow(plan_of_ranks(self.space, widths, self.ranks))
-        self.alone = self.alone or self.frozen and self.settings.alone <= progress < 1
+        if self.frozen:
+            left = self.settings.merge - self.settings.freeze
+            self.faded = min(1.0, (progress - self.settings.freeze) / left) if left > 0 else 1.0
+            self.merged = self.faded == 1.0
 
     @property
     def passes(self) -> list[Callable[..., dict[str, torch.Tensor]]]:
         """The soft network's, then the hard one's: never are the activations of both in memory."""
-        if self.alone:
-            return [self.hard_alone]
+        if self.merged:
+            return [self.merged_terms]
         return [self.soft_terms, self.hard_terms][:1 + self.settings.teaches]
 
     def soft_terms(self, images: torch.Tensor, targets: torch.Tensor, criterion: Callable) -> dict[str, torch.Tensor]:
-        """L ("task"), before the freeze R ("budget") and, on a step that hears the masks, G step 2 ("mask").
+        """L ("task"), and before the freeze G step 2 ("mask") and R ("budget").
 
         Args:
             images: (N, C, H, W).
@@ -109,10 +109,10 @@ class S2H(HardMethod):
         self.soft_logits = soft.detach()
         terms = {"task": criterion(soft, targets)}
         if not self.frozen:
-            if self.hears:
+            if "mask" in self.settings.hears:
                 with torch.no_grad():
                     hard = self.hard.run(self.hard_parameters(), images)
-                terms["mask"] = self.settings.hear_every * self.settings.alpha * divergence(soft, hard)
+                terms["mask"] = self.settings.alpha * divergence(soft, hard)
             macs = self.space.macs.differentiable(self.masks.hard_widths())
             terms["budget"] = self.settings.beta * (macs / self.space.full_macs - self.budget) ** 2
         return terms
@@ -121,14 +121,11 @@ class S2H(HardMethod):
         """G step 1 ("hard"), against the logits of the soft pass. Arguments as of `soft_terms`."""
         hears = not self.frozen and "hard" in self.settings.hears
         hard = self.hard.run(self.hard_parameters(self.gates_now() if hears else None), images)
-        terms = {"hard": self.settings.alpha * divergence(self.soft_logits, hard)}
-        if self.settings.cross_entropy:
-            terms["hard_task"] = self.settings.cross_entropy * criterion(hard, targets)
-        return terms
+        return {"hard": self.settings.alpha * divergence(self.soft_logits, hard)}
 
-    def hard_alone(self, images: torch.Tensor, targets: torch.Tensor, criterion: Callable) -> dict[str, torch.Tensor]:
-        """The task's loss of the hard network ("hard_task"). Arguments as of `soft_terms`."""
-        return {"hard_task": criterion(self.hard.run(self.hard_parameters(), images), targets)}
+    def merged_terms(self, images: torch.Tensor, targets: torch.Tensor, criterion: Callable) -> dict[str, torch.Tensor]:
+        """The task's loss of the network that both have become ("task"). Arguments as of `soft_terms`."""
+        return {"task": criterion(self.hard.run(self.hard_parameters(), images), targets)}
 
     def backward(self, terms: dict[str, torch.Tensor]) -> None:
         """Accumulates the gradients of the terms of a pass."""
@@ -150,24 +147,26 @@ class S2H(HardMethod):
         return self.plan.widths if self.frozen else self.masks.expected_widths().detach().cpu().numpy()
 
     def gates_now(self) -> torch.Tensor:
-        """w of each atom, (atoms,)."""
-        return self.gates if self.frozen else self.masks.keep_probability(self.ranks)
+        """w of each atom, (atoms,); after the freeze, on its way to m."""
+        if not self.frozen:
+            return self.masks.keep_probability(self.ranks)
+        return torch.lerp(self.ladder, torch.from_numpy(self.plan.keep).to(self.ladder), self.faded)
 
     def networks(self) -> dict[str, nn.Module]:
-        soft = {} if self.alone else {"soft": Forward(self.soft, self.soft_parameters)}
+        soft = {} if self.merged else {"soft": Forward(self.soft, self.soft_parameters)}
         return {**soft, "hard": self.hard.evaluated()}
 
     def state_dict(self) -> dict:
         """All that a later `load_state_dict` needs, beside the network, to go on bit for bit: tensors and plain data."""
-        return {"masks": self.masks.state_dict(), "gates": self.gates, "mask_optimizer": self.mask_optimizer.state_dict(),
-                "frozen": self.frozen, "steps": self.steps, "ranks": self.ranks, "hard": self.hard.state_dict(), "alone": self.alone}
+        return {"masks": self.masks.state_dict(), "ladder": self.ladder, "mask_optimizer": self.mask_optimizer.state_dict(),
+                "frozen": self.frozen, "merged": self.merged, "ranks": self.ranks, "hard": self.hard.state_dict()}
 
     def load_state_dict(self, state: dict) -> None:
         self.masks.load_state_dict(state["masks"])
         self.mask_optimizer.load_state_dict(state["mask_optimizer"])
-        self.frozen, self.steps, self.alone = state["frozen"], state["steps"], state["alone"]
+        self.frozen, self.merged = state["frozen"], state["merged"]
         self.ranks.copy_(state["ranks"])
-        self.gates.copy_(state["gates"])
+        self.ladder.copy_(state["ladder"])
         self.hard.load_state_dict(state["hard"])
         if self.frozen:
             self._stand_still()
@@ -193,7 +192,7 @@ class S2H(HardMethod):
         self.ranks = self.importance.ranks()
         ladder = self.masks.ladder().cpu().numpy()
         widths = fit_budget(self.space, list(ladder), self.target)
-        self.gates.copy_(self.masks.keep_probability(self.ranks))
+        self.ladder.copy_(self.masks.keep_probability(self.ranks))
         self.hard.follow(plan_of_ranks(self.space, widths, self.ranks))
         self.frozen = True
         self._stand_still()
@@ -210,4 +209,4 @@ def divergence(p: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
 
 
 #: Differentiable masks alone: nothing distils, and the network is cut at the end. The baseline that has the gap.
-DMP = partial(S2H, settings=Settings(hears=("task",), teaches=False, freeze=1.0))
+DMP = partial(S2H, settings=Settings(hears=("task",), teaches=False, freeze=1.0, merge=math.inf))
