@@ -11,7 +11,8 @@ In scenario A all start from one dense network, whose cost is not counted, and w
 `s2h prune`), but for the rows that say "not taught". In scenario B there is no such network.
 
 Cost is in units: one forward and backward of the whole network over the training images once, by PyTorch's counter of operations
-(`torch.utils.flop_counter`) on every tenth step (EPSD's scoring, on its first eight steps, is not in it). `soft` is the accuracy of
+(`torch.utils.flop_counter`) on every tenth step (EPSD's scoring, on its first eight steps, is not in it); seconds
+are the processor's. `soft` is the accuracy of
 the soft network, or of STP's whole one, and `gap`, `js` and `l2` what lies between it and the hard one at that time: for S2H the end of
 the epoch in which the two become one, for others the end of the run. The rows of Torch-Pruning need `pip install torch-pruning`.
 """
@@ -56,7 +57,6 @@ class Row:
     method: str = "s2h"
     settings: dict[str, Any] = field(default_factory=dict)  #: S2H's, where they are not the defaults
     taught: bool = True  #: the dense network teaches beside the targets (scenario A)
-    epochs: float = 1.0  #: as a multiple of the table's
     cost: str | None = None
 
 
@@ -66,7 +66,7 @@ class Table:
     img_size: int
     train: int  #: images of each class
     val: int
-    epochs: int
+    epochs: int  #: of scenario A; twice as many from scratch
     dense_epochs: int
     flops: tuple[float, ...] = (0.15, 0.35)
     lr: float = 1e-3
@@ -143,7 +143,7 @@ def run_cell(table: Table, splits: Splits, path: Path, scenario: str, name: str,
     else:
         make = partial(METHODS[row.method], settings=replace(Settings(), **row.settings)) if row.settings else METHODS[row.method]
         method, ratio = make(network, Space(network), flops), None
-    epochs = round(table.epochs * row.epochs)
+    epochs = table.epochs if scenario == "A" else 2 * table.epochs
     if row.cost:
         paid, alone = find(path, scenario, row.cost, flops, seed), find(path, scenario, name.removesuffix(" = cost"), flops, seed)
         if paid is None or alone is None:
@@ -151,10 +151,10 @@ def run_cell(table: Table, splits: Splits, path: Path, scenario: str, name: str,
         epochs = math.ceil(float(paid["units"]) / (float(alone["units"]) / int(alone["epochs"])))
     merge = getattr(getattr(method, "settings", None), "merge", math.inf)
     watcher = Watcher(method, whole, source, len(splits.train) // 64, {epochs, min(epochs, math.ceil(merge * epochs)) if merge < math.inf else epochs})
-    started = time.perf_counter()
+    started = time.process_time()
     found = train(method, table, splits, source, epochs, table.lr, seed, watcher, teacher)
     return {"epochs": epochs, "hard": found["top1_hard"], **watcher.apart, "ratio": ratio or method.plan.ratio, "units": watcher.units(epochs),
-            "seconds": round(time.perf_counter() - started), "widths": " ".join(map(str, method.plan.widths))}
+            "seconds": round(time.process_time() - started), "widths": " ".join(map(str, method.plan.widths))}
 
 
 def fresh(table: Table, splits: Splits, seed: int) -> tuple[Source, Any]:

@@ -4,9 +4,9 @@
 
 All steps are forward and backward of the same network on the same images; the hard network has the same share of every group, at the
 target. The theory counts a plain step as 3 units (forward 1, backward 2), the soft network as 3, the hard network as 3 x ratio, and, of a
-step that hears the masks, the mask-only backward as 2 (gates on weights) and one more forward pass of the hard network. The mean is over
-a run: masks move in its first part, while the hard network comes down to the target, and stand still after the freeze. Memory is
-what a step adds to that of the process before it.
+step that moves the masks, the mask-only backward as 2 (gates on weights) and one more forward pass of the hard network. The mean is over
+a run: masks move in its first part, while the hard network comes down to the target; after the freeze gates fade; then soft and hard
+network are merged. Memory is what a step adds to that of the process before it.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ from s2h_cli.masks import widths_of
 from s2h_cli.methods.s2h import S2H, Settings
 from s2h_cli.plan import Space
 
-STEPS = {"plain": lambda ratio: 3.0, "hearing": lambda ratio: 3 + 2 + 4 * ratio, "moving": lambda ratio: 3 + 3 * ratio,
-         "frozen": lambda ratio: 3 + 3 * ratio}
+STEPS = {"plain": lambda ratio: 3.0, "moving": lambda ratio: 3 + 2 + 4 * ratio, "fading": lambda ratio: 3 + 3 * ratio,
+         "merged": lambda ratio: 3 * ratio}
 
 
 def main() -> None:
@@ -89,15 +89,15 @@ def main() -> None:
 def steps(network, space: Space, flops: float, images: torch.Tensor, targets: torch.Tensor) -> dict:
     """The kinds of step, as functions without arguments."""
     criterion = nn.CrossEntropyLoss()
-    # Of every two steps one hears, so that both kinds can be had.
-    moving, frozen = S2H(network, space, flops, Settings(hear_every=2)), S2H(network, space, flops)
+    methods = [S2H(network, space, flops) for _ in range(3)]
     widths = torch.from_numpy(widths_of(space, torch.ones(len(space.groups)), flops))
-    for method in (moving, frozen):  # all but sure of the same share of every group
-        with torch.no_grad():
+    for method, progress in zip(methods, (0.0, Settings.freeze, Settings.merge)):
+        with torch.no_grad():  # all but sure of the same share of every group
             method.masks.u.copy_(torch.where(method.masks.candidates.cpu() == widths[:, None], 0.0, -40.0))
         method.network.train()
         method.hard.module.train()
-    frozen.start_step(1.0)
+        method.start_step(progress)
+    moving, fading, merged = methods
 
     def run(method: S2H) -> None:
         network.zero_grad()
@@ -108,21 +108,20 @@ def steps(network, space: Space, flops: float, images: torch.Tensor, targets: to
         network.zero_grad()
         criterion(network(images), targets).backward()
 
-    def move(hears: bool) -> None:
-        moving.steps = 0 if hears else 1
-        moving.hard.plan = None  # as where channels change their order: the hard network is cut anew
+    def move() -> None:
+        moving.hard.plan.keep[:] = True  # as where channels change their order: the hard network is cut anew
         moving.start_step(0.0)
         run(moving)
         moving.masks.u.grad = None
 
-    return {"plain": plain, "hearing": lambda: move(True), "moving": lambda: move(False), "frozen": lambda: run(frozen)}
+    return {"plain": plain, "moving": move, "fading": lambda: run(fading), "merged": lambda: run(merged)}
 
 
 def mean(cost: dict[str, float], flops: float) -> float:
     """Over a whole run. What the hard network's passes cost more while it is larger than the budget is from theory."""
-    heard = 1 / Settings.hear_every
-    ramp = Settings.ramp * (1 - flops) / 2 * (1 + heard / 3)
-    return ramp + Settings.freeze * (heard * cost["hearing"] + (1 - heard) * cost["moving"]) + (1 - Settings.freeze) * cost["frozen"]
+    ramp = Settings.ramp * (1 - flops) / 2 * 4 / 3
+    return (ramp + Settings.freeze * cost["moving"] + (Settings.merge - Settings.freeze) * cost["fading"]
+            + (1 - Settings.merge) * cost["merged"])
 
 
 def memory(device: str, line: str) -> int:
