@@ -66,16 +66,17 @@ class Table:
     img_size: int
     train: int  #: images of each class
     val: int
-    epochs: int  #: of scenario A; twice as many from scratch
+    epochs: int
     dense_epochs: int
     flops: tuple[float, ...] = (0.15, 0.35)
-    lr: float = 1e-3
+    lr: float = 4e-3
 
 
 HALF_RESNET10 = f"{Path(__file__).with_name('half_resnet10.py')}:half_resnet10"
 TABLES = {
     "fashion": Table(HALF_RESNET10, 32, 600, 600, epochs=8, dense_epochs=12),
     "cifar10": Table(HALF_RESNET10, 32, 600, 600, epochs=8, dense_epochs=20),
+    "tin100": Table(HALF_RESNET10, 32, 100, 50, epochs=8, dense_epochs=20),
     "digits": Table("resnet10t", 32, 1000, 1000, epochs=10, dense_epochs=20),
 }
 
@@ -143,14 +144,14 @@ def run_cell(table: Table, splits: Splits, path: Path, scenario: str, name: str,
     else:
         make = partial(METHODS[row.method], settings=replace(Settings(), **row.settings)) if row.settings else METHODS[row.method]
         method, ratio = make(network, Space(network), flops), None
-    epochs = table.epochs if scenario == "A" else 2 * table.epochs
+    epochs = table.epochs
     if row.cost:
         paid, alone = find(path, scenario, row.cost, flops, seed), find(path, scenario, name.removesuffix(" = cost"), flops, seed)
         if paid is None or alone is None:
             sys.exit(f"'{name}' needs the rows '{row.cost}' and '{name.removesuffix(' = cost')}' first")
         epochs = math.ceil(float(paid["units"]) / (float(alone["units"]) / int(alone["epochs"])))
     merge = getattr(getattr(method, "settings", None), "merge", math.inf)
-    watcher = Watcher(method, whole, source, len(splits.train) // 64, {epochs, min(epochs, math.ceil(merge * epochs)) if merge < math.inf else epochs})
+    watcher = Watcher(method, whole, source, len(splits.train) // 64, {epochs, min(epochs, math.floor(merge * epochs)) if merge < math.inf else epochs})
     started = time.process_time()
     found = train(method, table, splits, source, epochs, table.lr, seed, watcher, teacher)
     return {"epochs": epochs, "hard": found["top1_hard"], **watcher.apart, "ratio": ratio or method.plan.ratio, "units": watcher.units(epochs),
@@ -179,7 +180,7 @@ def dense_weights(table: Table, splits: Splits, path: Path) -> dict[str, torch.T
         source, network = fresh(table, splits, 0)
         method = METHODS["dense"](network, Space(network), 1.0)
         watcher = Watcher(method, copy.deepcopy(network), source, len(splits.train) // 64, {table.dense_epochs})
-        row = train(method, table, splits, source, table.dense_epochs, 1e-3, 0, watcher)
+        row = train(method, table, splits, source, table.dense_epochs, table.lr, 0, watcher)
         print(f"dense network: {row['top1_hard']:.2f}", flush=True)
         path.parent.mkdir(exist_ok=True)
         torch.save(method.result().state_dict(), path)  # with the statistics that it was evaluated with
