@@ -40,8 +40,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from s2h_cli.config import Recipe
 from s2h_cli.data import ImageSet, Splits, make_loader, open_splits
 from s2h_cli.graph import capture
-from s2h_cli.methods import METHODS
-from s2h_cli.methods.s2h import Settings
+from s2h_cli.methods import FROM_TRAINED, METHODS
+from s2h_cli.methods.s2h import TRAINED, Settings
 from s2h_cli.plan import Space
 from s2h_cli.source import Source, load_source
 from s2h_cli.train.loop import fit, seed_everything
@@ -74,9 +74,9 @@ class Table:
 
 HALF_RESNET10 = f"{Path(__file__).with_name('half_resnet10.py')}:half_resnet10"
 TABLES = {
-    "fashion": Table(HALF_RESNET10, 32, 600, 600, epochs=8, dense_epochs=12),
-    "cifar10": Table(HALF_RESNET10, 32, 600, 600, epochs=8, dense_epochs=20),
-    "tin100": Table(HALF_RESNET10, 32, 100, 50, epochs=8, dense_epochs=20),
+    "fashion": Table(HALF_RESNET10, 32, 600, 600, epochs=16, dense_epochs=20),
+    "cifar10": Table(HALF_RESNET10, 32, 600, 600, epochs=16, dense_epochs=20),
+    "tin100": Table(HALF_RESNET10, 32, 100, 50, epochs=16, dense_epochs=20),
     "digits": Table("resnet10t", 32, 1000, 1000, epochs=10, dense_epochs=20),
 }
 
@@ -142,7 +142,9 @@ def run_cell(table: Table, splits: Splits, path: Path, scenario: str, name: str,
         method = METHODS["dense"](network, Space(network), 1.0)
         ratio = method.space.full_macs / full
     else:
-        make = partial(METHODS[row.method], settings=replace(Settings(), **row.settings)) if row.settings else METHODS[row.method]
+        make = (FROM_TRAINED if teacher else METHODS)[row.method]
+        if row.settings:
+            make = partial(make, settings=replace(TRAINED if teacher else Settings(), **row.settings))
         method, ratio = make(network, Space(network), flops), None
     epochs = table.epochs
     if row.cost:
@@ -151,7 +153,8 @@ def run_cell(table: Table, splits: Splits, path: Path, scenario: str, name: str,
             sys.exit(f"'{name}' needs the rows '{row.cost}' and '{name.removesuffix(' = cost')}' first")
         epochs = math.ceil(float(paid["units"]) / (float(alone["units"]) / int(alone["epochs"])))
     merge = getattr(getattr(method, "settings", None), "merge", math.inf)
-    watcher = Watcher(method, whole, source, len(splits.train) // 64, {epochs, min(epochs, math.floor(merge * epochs)) if merge < math.inf else epochs})
+    apart = math.floor(merge * epochs) if merge < 1 else epochs  # the last epoch after which there are two networks
+    watcher = Watcher(method, whole, source, len(splits.train) // 64, {epochs, apart})
     started = time.process_time()
     found = train(method, table, splits, source, epochs, table.lr, seed, watcher, teacher)
     return {"epochs": epochs, "hard": found["top1_hard"], **watcher.apart, "ratio": ratio or method.plan.ratio, "units": watcher.units(epochs),

@@ -21,7 +21,7 @@ from .errors import UserError
 from .files import writing
 from .graph import capture, to_device
 from .masks import check_reachable
-from .methods import METHODS
+from .methods import FROM_TRAINED, METHODS
 from .methods.oneshot import OneShot
 from .methods.several import Several
 from .plan import Plan, Space
@@ -163,7 +163,8 @@ def prepare(config: Config, device: torch.device, console: Console, resuming: bo
     console.print(f"{len(space.groups)} groups, {space.size} prunable channels and heads; target {config.target} of "
                   f"{space.full_macs / 1e6:.1f} M MACs, smallest reachable {space.min_ratio:.4f}", soft_wrap=True)
 
-    kind = partial(METHODS[config.method], compile=config.compile, sync_bn=config.sync_bn) if config.epochs else OneShot
+    methods = FROM_TRAINED if config.teacher == START else METHODS
+    kind = partial(methods[config.method], compile=config.compile, sync_bn=config.sync_bn) if config.epochs else OneShot
     method = kind(network, space, config.flops) if len(config.budgets) == 1 else Several(kind, network, space, config.budgets)
     return Job(method, teacher, splits, loading, preprocessing, loader, device)
 

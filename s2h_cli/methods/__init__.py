@@ -23,11 +23,15 @@ and of each part:
 A method without training has `network` and `parts` alone, and its parts no widths and gates to draw.
 """
 
+from functools import partial
+
 from . import cut
 from .epsd import EPSD
-from .s2h import DMP, S2H
+from .s2h import DMP, S2H, TRAINED
 from .stp import STP
 
 #: By the names of `--method`.
 METHODS = {"s2h": S2H, "stp": STP, "epsd": EPSD, "dmp": DMP,
            "dense": cut.Dense, "uniform": cut.Uniform, "random": cut.Random, "magnitude": cut.Magnitude}
+#: The same where the network that they start from is trained, and teaches.
+FROM_TRAINED = METHODS | {"s2h": partial(S2H, settings=TRAINED)}

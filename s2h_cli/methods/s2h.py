@@ -46,6 +46,10 @@ class Settings:
     teaches: bool = True  #: whether the hard network trains: G step 1
 
 
+#: From a trained network that teaches as well: a short search for the widths, then the small network alone.
+TRAINED = Settings(mask_lr=0.1, ramp=0.06, freeze=0.1, merge=0.1)
+
+
 class S2H(HardMethod):
     """One soft network over all weights, and the hard network that slices them. `compile` and `sync_bn` as in `s2h_cli.methods`."""
 
