@@ -312,18 +312,24 @@ def append(path: Path, found: dict[str, Any]) -> None:
 
 
 def summary(path: Path) -> str:
-    """A Markdown table of the rows on disk: means over the seeds, and the standard error of the mean of the hard network's accuracy."""
+    """A Markdown table of the rows on disk: means over the seeds; of the hard network's accuracy, and of how far S2H at the same seeds is
+    above it, with the standard error of the mean."""
     cells: dict[tuple, list[dict[str, str]]] = defaultdict(list)
     for row in read(path):
-        if row["hard"]:
-            cells[row["scenario"], row["flops"], row["row"]].append(row)
-    lines = ["| scenario | flops | row | seeds | epochs | hard, % | ± | soft, % | soft - hard | JS | L2 | cost, units | seconds |", "|" + "---|" * 13]
+        cells[row["scenario"], row["flops"], row["row"]].append(row)
+    lines = ["| scenario | flops | row | seeds | epochs | hard, % | S2H is above it by | soft, % | soft - hard | JS | L2 | cost, units | seconds |", "|" + "---|" * 13]
     for (scenario, flops, name), rows in sorted(cells.items(), key=lambda cell: (cell[0][:2], -mean(cell[1], "hard"))):
-        hard = [float(row["hard"]) for row in rows]
-        spread = f"{statistics.stdev(hard) / len(hard) ** 0.5:.2f}" if len(hard) > 1 else ""
+        ours = {row["seed"]: float(row["hard"]) for row in cells[scenario, flops, "s2h"]}
+        above = [ours[row["seed"]] - float(row["hard"]) for row in rows if row["seed"] in ours and name != "s2h"]
         shown = [f"{mean(rows, c):.{d}f}" if rows[0][c] else "" for c, d in (("soft", 2), ("gap", 2), ("js", 4), ("l2", 2), ("units", 1), ("seconds", 0))]
-        lines.append(f"| {scenario} | {flops} | {name} | {len(rows)} | {rows[0]['epochs']} | {statistics.mean(hard):.2f} | {spread} | {' | '.join(shown)} |")
+        lines.append(f"| {scenario} | {flops} | {name} | {len(rows)} | {rows[0]['epochs']} | {with_error([float(row['hard']) for row in rows])} | "
+                     f"{with_error(above) if above else ''} | {' | '.join(shown)} |")
     return "\n".join(lines)
+
+
+def with_error(values: list[float]) -> str:
+    error = f" ± {statistics.stdev(values) / len(values) ** 0.5:.2f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.2f}{error}"
 
 
 def mean(rows: list[dict[str, str]], column: str) -> float:

@@ -1,5 +1,6 @@
 """The engine: one more session, one more process or one more slice of a batch changes nothing but the time."""
 
+import csv
 import json
 import os
 import random
@@ -253,9 +254,10 @@ def test_a_trained_network_teaches_what_comes_of_it(here, capsys):
     assert s2h(*PRUNE[:3], *PRUNE[5:], "--method", "dense", "--data", "data", "--epochs", "6", "-o", "dense") == 0
     start = ["--weights", "dense/model.safetensors", "--epochs", "2"]
     assert "--teacher none" not in capsys.readouterr().err
+    uniform = ["--method", "uniform"]  # whose constants are the same whoever teaches
     for name, options in (("by-start", []), ("by-name", ["--teacher", "start"]), ("alone", ["--teacher", "none"]), ("by-run", ["--teacher", "dense"])):
-        assert s2h(*PRUNE, *start, *options, "-o", name) == 0
-    (by_start, _), (by_name, _), (alone, _), (by_run, _) = (weights(here, name) for name in ("by-start", "by-name", "alone", "by-run"))
+        assert s2h(*PRUNE, *start, *options, *uniform, "-o", name) == 0
+    by_start, by_name, alone, by_run = (load_file(here / name / "model.safetensors") for name in ("by-start", "by-name", "alone", "by-run"))
     assert all(torch.equal(by_start[name], by_name[name]) for name in by_start)
     assert not torch.equal(by_start["stem.weight"], alone["stem.weight"])
     torch.testing.assert_close(by_start["stem.weight"], by_run["stem.weight"])
@@ -263,6 +265,16 @@ def test_a_trained_network_teaches_what_comes_of_it(here, capsys):
         args = [a for a in PRUNE if "dense" not in options or a not in ("--flops", "0.4")]
         assert s2h(*args, *(start if "dense" in options else start[2:]), *options, "-o", options[-1] + "-alone") == 0
         assert "teacher: null" in (here / (options[-1] + "-alone") / "args.yaml").read_text()
+
+
+def test_from_a_network_that_teaches_too_the_search_is_shorter(here):
+    assert s2h(*PRUNE[:3], *PRUNE[5:], "--method", "dense", "--data", "data", "--epochs", "6", "-o", "dense") == 0
+    soft = {}
+    for teacher in ("start", "none"):
+        assert s2h(*PRUNE, "--weights", "dense/model.safetensors", "--epochs", "8", "--teacher", teacher, "-o", teacher) == 0
+        with open(here / teacher / "summary.csv") as file:
+            soft[teacher] = [bool(row["top1_soft"]) for row in csv.DictReader(file)]
+    assert soft == {"start": [True] + 7 * [False], "none": 3 * [True] + 5 * [False]}
 
 
 def test_a_teacher_sees_images_as_it_was_trained_on_them(here):
