@@ -7,7 +7,7 @@ For a group of C atoms with candidate widths n_1 < ... < n_K = C and logits u (S
     E = sum of p_k n_k              expected width, also the sum of w
     N = the least candidate >= E    width of the hard network, straight-through to E
 
-Ranks order a group's atoms by importance, the L1 norm of the weights that write them.
+Ranks order a group's atoms by importance, the norm of the weights that write and read them.
 """
 
 from __future__ import annotations
@@ -78,13 +78,14 @@ class Masks(nn.Module):
 
 
 class Importance:
-    """L1 norm of the weights that write each atom, averaged over the group's layers."""
+    """Squared L2 norm of the weights that write an atom and of those that read it, each as a multiple of the mean over the channels of its
+    layer, averaged over them. So every layer of a group has one vote, whatever its size and scale."""
 
     def __init__(self, space: Space, parameters: dict[str, torch.Tensor]):
         self.space = space
         self.parameters = parameters
         self.device = next(iter(parameters.values())).device
-        self.parts = {(name, dim): torch.from_numpy(space.params[name][dim]).to(self.device) for name, dim in space.writes}
+        self.parts = {(name, dim): torch.from_numpy(space.params[name][dim]).to(self.device) for name, dim in dict.fromkeys(space.writes + space.reads)}
         times = torch.zeros(space.size + 1, device=self.device)
         for parts in self.parts.values():
             times.index_add_(0, parts.reshape(-1), torch.ones(parts.numel(), device=self.device))
@@ -92,11 +93,11 @@ class Importance:
 
     @torch.no_grad()
     def __call__(self) -> torch.Tensor:
-        """Importance of each atom, (atoms,) float32."""
+        """Importance of each atom, (atoms,) float32; around 1."""
         total = torch.zeros(self.space.size + 1, device=self.device)
         for (name, dim), parts in self.parts.items():
-            weight = self.parameters[name].detach().float().abs()
-            norm = weight.transpose(0, dim).flatten(1).sum(1)
+            norm = self.parameters[name].detach().float().square().transpose(0, dim).flatten(1).sum(1)
+            norm /= norm.mean().clamp(min=1e-30)
             total.index_add_(0, parts.reshape(-1), norm.repeat_interleave(parts.shape[1]))
         return (total / self.times)[:-1]
 

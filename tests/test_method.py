@@ -10,7 +10,7 @@ from torch import nn
 from torch.func import functional_call
 
 from s2h_cli.graph import capture
-from s2h_cli.masks import Masks, fit_budget, plan_of_ranks
+from s2h_cli.masks import Importance, Masks, fit_budget, plan_of_ranks
 from s2h_cli.methods.s2h import S2H, divergence
 from s2h_cli.plan import Space
 from s2h_cli.rebuild import slice_tensor
@@ -243,6 +243,20 @@ def test_the_first_step_of_g_sees_the_soft_network_as_a_constant(method, batch):
     expected = torch.autograd.grad(alone, weights)
     for got, want in zip(torch.autograd.grad(terms(method, batch)["hard"], weights), expected):
         torch.testing.assert_close(got, want)
+
+
+def test_importance_is_the_mean_over_layers_of_relative_squared_norms():
+    torch.manual_seed(0)
+    network = capture(Small(), (3, 8, 8)).network
+    space, weights = Space(network, divisor=1), dict(network.named_parameters())
+    importance = Importance(space, weights)()
+    stream, inner = (next(group for group in space.groups if name in group.layers) for name in ("conv1", "conv3"))
+    writes = [weights[f"{name}.weight"].square().sum((1, 2, 3)) for name in ("conv1", "conv2")]
+    reads = [weights[f"{name}.weight"].square().sum((0, 2, 3)) for name in ("conv2", "conv3")]
+    expected = sum(norm / norm.mean() for norm in (*writes, *reads)) / 4
+    torch.testing.assert_close(importance[stream.start:stream.stop], expected.detach())
+    norms = weights["conv3.weight"].square().sum((1, 2, 3)), weights["fc.weight"].square().sum(0)
+    torch.testing.assert_close(importance[inner.start:inner.stop], (sum(norm / norm.mean() for norm in norms) / 2).detach())
 
 
 def test_the_widths_freeze_exactly_on_budget_and_stay(method, batch):

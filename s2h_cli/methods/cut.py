@@ -1,9 +1,9 @@
 """The controls: the whole network trains up to a point of the schedule, is cut there once, and what is left trains on.
 
     dense      never cut
-    uniform    cut before the first step: the same share of every group, its channels of greatest L1 norm
+    uniform    cut before the first step: the same share of every group, its channels of greatest norm
     random     cut before the first step: widths drawn at random, scaled to the budget, and channels drawn at random
-    magnitude  cut at half of the schedule: the channels of least L1 norm, each group's on a scale of its own mean, go first
+    magnitude  cut at half of the schedule: the channels of least norm, each group's on a scale of its own mean, go first
 
 What is left keeps the weights that it had. With `--teacher` all of them are distilled.
 """

@@ -11,7 +11,7 @@ from .cut import by_magnitude
 
 
 class OneShot:
-    """Cuts by the L1 norm of the writing weights, each group's on a scale of its own mean."""
+    """Cuts by the norm of the weights that write and read a channel, each group's on a scale of its own mean."""
 
     def __init__(self, network: fx.GraphModule, space: Space, target: float):
         self.network = network

@@ -6,7 +6,7 @@ challenger, drawn at random or made from the best subnetwork by changing some wi
 takes its place if the mean of its KL(whole || subnetwork) over them is lower. From `settle` of the schedule on the best one alone learns.
 
 A subnetwork is a choice of depths, by how many blocks each stage is shortened from its end, and of widths, a group's channels being those
-of greatest L1 norm.
+of greatest norm.
 """
 
 from __future__ import annotations
