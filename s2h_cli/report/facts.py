@@ -23,14 +23,17 @@ def describe(plan: Plan, model: str, input_size: tuple[int, int, int], target: f
     params, full_params = space.parameters.by_row(widths), space.whole.parameters.by_row(space.full)
     owner = {name: name if name in {x.name for x in space.layers} else name.rpartition(".")[0] for name in space.parameter_names}
 
-    def channels(axis: np.ndarray | int) -> list[int]:
-        return [axis, axis] if isinstance(axis, int) else [int(plan.kept(axis).sum()), len(axis)]
+    def channels(axis: np.ndarray | int, layer: int) -> list[int]:
+        full = axis if isinstance(axis, int) else len(axis)
+        if full_macs[layer] and not macs[layer]:  # in a block that is dropped
+            return [0, full]
+        return [full if isinstance(axis, int) else int(plan.kept(axis).sum()), full]
 
     def owned(layer: str) -> list[int]:
         mine = [i for i, name in enumerate(space.parameter_names) if owner[name] == layer]
         return [int(params[mine].sum()), int(full_params[mine].sum())]
 
-    layers = [{"name": layer.name, "kind": layer.kind, "in": channels(layer.inputs), "out": channels(layer.outputs),
+    layers = [{"name": layer.name, "kind": layer.kind, "in": channels(layer.inputs, i), "out": channels(layer.outputs, i),
                "macs": [int(macs[i]), int(full_macs[i])], "params": owned(layer.name)} for i, layer in enumerate(space.layers)]
     return {
         "model": model,
