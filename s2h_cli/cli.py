@@ -52,7 +52,7 @@ def prune(
     epochs: Annotated[Optional[int], setting("0: no training, one cut by weight importance. [default: 100; digits: 20]", min=0)] = None,
     batch_size: Annotated[Optional[int], setting("Images per step, over all processes.", min=1, default=Config.batch_size)] = None,
     grad_accum_steps: Annotated[Optional[int], setting("Steps whose gradients one update adds up.", min=1, default=Config.grad_accum_steps)] = None,
-    lr: Annotated[Optional[float], setting("Peak learning rate. [default: 0.001 from scratch, 0.0002 from trained weights, times the root of batch size / 64]")] = None,
+    lr: Annotated[Optional[float], setting("Peak learning rate. [default: 0.001, times the root of batch size / 64]")] = None,
     opt: Annotated[Optional[str], setting("Any optimizer of timm.", default=Config.opt)] = None,
     weight_decay: Annotated[Optional[float], setting("Weight decay, not of biases and norms.", default=Config.weight_decay)] = None,
     momentum: Annotated[Optional[float], setting("Momentum of sgd and its like.", default=Config.momentum)] = None,

@@ -129,7 +129,7 @@ def prepare(config: Config, device: torch.device, console: Console, resuming: bo
     if config.epochs is None:
         config.epochs = EPOCHS.get(config.data, DEFAULT_EPOCHS)
     if config.lr is None:
-        config.lr = default_lr(config.batch_size, source.pretrained)
+        config.lr = default_lr(config.batch_size)
     captured = capture(source.module, source.input_size)
     if captured.static_batch:
         raise UserError(f"{config.model} cannot be trained: {captured.notes[0]}; rewrite what fixes the batch in its forward")

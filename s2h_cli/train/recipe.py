@@ -105,6 +105,7 @@ def make_ema(network: nn.Module, recipe: Recipe) -> ModelEmaV3 | None:
     return ModelEmaV3(network, decay=recipe.ema, use_warmup=True) if recipe.ema else None
 
 
-def default_lr(batch_size: int, pretrained: bool) -> float:
-    """Peak learning rate of AdamW: 0.001 from scratch, 0.0002 from trained weights, at 64 images a step, times the root of their number."""
-    return (2e-4 if pretrained else 1e-3) * math.sqrt(batch_size / 64)
+def default_lr(batch_size: int) -> float:
+    """Peak learning rate of AdamW: 0.001 at 64 images a step, times the root of their number; from trained weights too, since what is left
+    of a network learns anew (docs/method.md)."""
+    return 1e-3 * math.sqrt(batch_size / 64)
