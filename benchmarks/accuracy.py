@@ -11,10 +11,9 @@ In scenario A all start from one dense network, whose cost is not counted, and w
 `s2h prune`), but for the rows that say "not taught". In scenario B there is no such network.
 
 Cost is in units: one forward and backward of the whole network over the training images once, by PyTorch's counter of operations
-(`torch.utils.flop_counter`) on every tenth step (EPSD's scoring, on its first eight steps, is not in it); seconds
-are the processor's. `soft` is the accuracy of
-the soft network, or of STP's whole one, and `gap`, `js` and `l2` what lies between it and the hard one at that time: for S2H the end of
-the epoch in which the two become one, for others the end of the run. The rows of Torch-Pruning need `pip install torch-pruning`.
+(`torch.utils.flop_counter`) on every tenth step (EPSD's scoring, on its first eight steps, is not in it); seconds are the processor's.
+`soft` is the accuracy of the soft network, or of STP's whole one, and `gap`, `js` and `l2` what lies between it and the hard one at that
+time: for S2H the end of the last epoch before the two become one, for others the end of the run. The rows of Torch-Pruning need `pip install torch-pruning`.
 """
 
 from __future__ import annotations
@@ -44,6 +43,7 @@ from s2h_cli.methods import FROM_TRAINED, METHODS
 from s2h_cli.methods.s2h import TRAINED, Settings
 from s2h_cli.plan import Space
 from s2h_cli.source import Source, load_source
+from s2h_cli.teacher import start
 from s2h_cli.train.loop import fit, seed_everything
 
 RESULTS = Path(__file__).parent / "accuracy"
@@ -101,6 +101,8 @@ ABLATIONS = {
     "s2h, merged at the freeze": Row(settings={"merge": 0.0}),
 }
 
+ALL_ROWS = ROWS | ABLATIONS
+
 COLUMNS = ("scenario", "row", "flops", "seed", "epochs", "hard", "soft", "gap", "js", "l2", "ratio", "units", "seconds", "widths", "torch", "timm", "command")
 
 
@@ -109,7 +111,7 @@ def main() -> None:
     parser.add_argument("table", choices=TABLES)
     parser.add_argument("data")
     parser.add_argument("--scenario", choices=("A", "B"), nargs="+", default=["A", "B"])
-    parser.add_argument("--rows", nargs="*", choices=[*ROWS, *ABLATIONS], default=list(ROWS), metavar="ROW")
+    parser.add_argument("--rows", nargs="*", choices=ALL_ROWS, default=list(ROWS), metavar="ROW")
     parser.add_argument("--flops", type=float, nargs="+")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     args = parser.parse_args()
@@ -119,7 +121,7 @@ def main() -> None:
         for flops in args.flops or table.flops:
             for seed in args.seeds:
                 for name in args.rows:
-                    if (scenario == "A" or "taught" not in name) and find(path, scenario, name, flops, seed) is None:
+                    if (scenario == "A" or ALL_ROWS[name].taught) and find(path, scenario, name, flops, seed) is None:
                         found = run_cell(table, splits, path, scenario, name, flops, seed)
                         append(path, {"scenario": scenario, "row": name, "flops": flops, "seed": seed, **found,
                                       "torch": torch.__version__, "timm": timm.__version__,
@@ -129,12 +131,12 @@ def main() -> None:
 
 def run_cell(table: Table, splits: Splits, path: Path, scenario: str, name: str, flops: float, seed: int) -> dict[str, Any]:
     """Trains one cell; what `COLUMNS` says of it."""
-    row = (ROWS | ABLATIONS)[name]
+    row = ALL_ROWS[name]
     source, network = fresh(table, splits, seed)
     teacher = None
     if scenario == "A":
         network.load_state_dict(dense_weights(table, splits, path.with_name(f"{path.stem}-dense.pt")))
-        teacher = copy.deepcopy(network).eval().requires_grad_(False) if row.taught else None
+        teacher = start(network) if row.taught else None
     whole = copy.deepcopy(network)
     if row.method in OUTSIDE:
         full = Space(network).full_macs
@@ -156,7 +158,7 @@ def run_cell(table: Table, splits: Splits, path: Path, scenario: str, name: str,
     apart = math.floor(merge * epochs) if merge < 1 else epochs  # the last epoch after which there are two networks
     watcher = Watcher(method, whole, source, len(splits.train) // 64, {epochs, apart})
     started = time.process_time()
-    found = train(method, table, splits, source, epochs, table.lr, seed, watcher, teacher)
+    found = train(method, table, splits, source, epochs, seed, watcher, teacher)
     return {"epochs": epochs, "hard": found["top1_hard"], **watcher.apart, "ratio": ratio or method.plan.ratio, "units": watcher.units(epochs),
             "seconds": round(time.process_time() - started), "widths": " ".join(map(str, method.plan.widths))}
 
@@ -167,13 +169,13 @@ def fresh(table: Table, splits: Splits, seed: int) -> tuple[Source, Any]:
     return source, capture(source.module, source.input_size).network
 
 
-def train(method: Any, table: Table, splits: Splits, source: Source, epochs: int, lr: float, seed: int, watcher: "Watcher",
+def train(method: Any, table: Table, splits: Splits, source: Source, epochs: int, seed: int, watcher: "Watcher",
           teacher: nn.Module | None = None) -> dict[str, Any]:
     """The last epoch's row of `fit`."""
     loading = dict(input_size=source.input_size, mean=source.mean, std=source.std, interpolation=source.interpolation,
                    crop_pct=source.crop_pct, batch_size=64, workers=0, flip=splits.flip, seed=seed)
     watcher.val.extend(make_loader(splits.val, train=False, **loading))
-    return fit(method, make_loader(splits.train, train=True, **loading), watcher.val, Recipe(epochs=epochs, lr=lr, seed=seed), watcher,
+    return fit(method, make_loader(splits.train, train=True, **loading), watcher.val, Recipe(epochs=epochs, lr=table.lr, seed=seed), watcher,
                classes=len(splits.class_names), teacher=teacher)[-1]
 
 
@@ -183,7 +185,7 @@ def dense_weights(table: Table, splits: Splits, path: Path) -> dict[str, torch.T
         source, network = fresh(table, splits, 0)
         method = METHODS["dense"](network, Space(network), 1.0)
         watcher = Watcher(method, copy.deepcopy(network), source, len(splits.train) // 64, {table.dense_epochs})
-        row = train(method, table, splits, source, table.dense_epochs, table.lr, 0, watcher)
+        row = train(method, table, splits, source, table.dense_epochs, 0, watcher)
         print(f"dense network: {row['top1_hard']:.2f}", flush=True)
         path.parent.mkdir(exist_ok=True)
         torch.save(method.result().state_dict(), path)  # with the statistics that it was evaluated with

@@ -38,7 +38,8 @@ def stages(network: fx.GraphModule, space: Space) -> list[list[Block]]:
         layer = node.meta.get("layer") or ""
         for end in (match.end() for match in _NUMBERED.finditer(layer)):
             inside.setdefault(layer[:end], []).append(node)
-    found = [block for name, nodes in inside.items() if (block := _block(name, nodes, space))]
+    counted = {layer.node for layer in space.layers}
+    found = [block for name, nodes in inside.items() if counted & {node.name for node in nodes} and (block := _block(name, nodes, space))]
     found = [block for block in found if not any(other.name.startswith(block.name + ".") for other in found)]  # the innermost
     out: list[list[Block]] = []
     for block in found:
@@ -55,13 +56,13 @@ def without(network: fx.GraphModule, blocks: tuple[Block, ...]) -> fx.GraphModul
     graph.output(graph.graph_copy(network.graph, nodes))
     of_name = {node.name: new for node, new in nodes.items()}
     written = {node.name for node in graph.nodes if not node.users}  # in place, on what others read
-    for block in reversed(blocks):
-        entering, leaving = of_name[block.enters], of_name[block.leaves]
-        leaving.replace_all_uses_with(entering)
-        for node in graph.nodes:
-            if "args" in node.meta:
-                node.meta["args"] = fx.node.map_aggregate(
-                    node.meta["args"], lambda a, old=Ref(block.leaves), new=Ref(block.enters): new if a == old else a)
+    instead: dict[Ref, Ref] = {}  # of what leaves a block, what enters it, or the block before it
+    for block in blocks:
+        instead[Ref(block.leaves)] = entering = instead.get(Ref(block.enters), Ref(block.enters))
+        of_name[block.leaves].replace_all_uses_with(of_name[entering.name])
+    for node in graph.nodes:
+        if "args" in node.meta:
+            node.meta["args"] = fx.node.map_aggregate(node.meta["args"], lambda a: instead.get(a, a) if isinstance(a, Ref) else a)
     for node in reversed(graph.nodes):
         inside = any(f"{node.meta.get('layer')}.".startswith(block.name + ".") for block in blocks)
         if not node.users and node.op != "placeholder" and (inside or node.name not in written):
@@ -78,13 +79,13 @@ def shorten(network: fx.GraphModule, space: Space, blocks: tuple[Block, ...]) ->
 
 
 def _block(name: str, nodes: list[fx.Node], space: Space) -> Block | None:
-    mine, counted = set(nodes), {layer.node for layer in space.layers}
+    mine = set(nodes)
     enters = {arg for node in nodes for arg in node.all_input_nodes if arg not in mine and arg.op != "get_attr" and arg.meta["shape"] is not None}
     leaves = {node for node in nodes for user in node.users if user not in mine}
     if len(enters) != 1 or len(leaves) != 1:
         return None
     (entering,), (leaving,) = enters, leaves
-    if isinstance(leaving.meta["shape"], list) or entering.meta["shape"] != leaving.meta["shape"] or not counted & {node.name for node in nodes}:
+    if isinstance(leaving.meta["shape"], list) or entering.meta["shape"] != leaving.meta["shape"]:
         return None
     if not all(_same(a, b) for a, b in zip(space.tensors[entering.name][0], space.tensors[leaving.name][0])):
         return None

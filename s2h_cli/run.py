@@ -28,7 +28,7 @@ from .plan import Plan, Space
 from .report.curves import Curves, check_log, start_log
 from .report.facts import describe
 from .report.progress import TrainingDisplay, Watchers
-from .source import load_source, short_name
+from .source import Source, load_source, short_name
 from .teacher import NO_ONE, START, knows, load_teacher, start
 from .train import checkpoint, loop
 from .train.evaluate import top1
@@ -143,18 +143,7 @@ def prepare(config: Config, device: torch.device, console: Console, resuming: bo
                          crop_pct=source.crop_pct)
     loading = dict(**preprocessing, batch_size=config.batch_size, workers=config.workers, flip=splits.flip, recipe=config, seed=config.seed)
     loader = data.make_loader(splits.train, train=True, **loading, rank=distributed.RANK, world=distributed.WORLD)
-    trained = source.pretrained and not source.new_head and config.epochs and config.method != "dense"
-    if trained and config.teacher is None and not resuming:
-        with data.naming_images(loader):
-            known = knows(network, loader, len(classes), device)
-        if known is not None:
-            config.teacher = START
-            source.notes.append(f"it starts from a network that is right on {known:.0f} % of the first training images, and learns from it too; "
-                                f"--teacher {NO_ONE}: it does not")
-    if config.teacher == START:
-        teacher = start(network)
-    else:
-        teacher = load_teacher(config.teacher, source, classes, device) if config.teacher not in (None, NO_ONE) else None
+    teacher = pick_teacher(config, source, network, loader, classes, device, resuming)
     for note in [*source.notes, *splits.notes, *captured.notes]:
         console.print(f"note: {note}", soft_wrap=True)
     processes = f", {distributed.WORLD} processes" if distributed.WORLD > 1 else ""
@@ -167,6 +156,26 @@ def prepare(config: Config, device: torch.device, console: Console, resuming: bo
     kind = partial(methods[config.method], compile=config.compile, sync_bn=config.sync_bn) if config.epochs else OneShot
     method = kind(network, space, config.flops) if len(config.budgets) == 1 else Several(kind, network, space, config.budgets)
     return Job(method, teacher, splits, loading, preprocessing, loader, device)
+
+
+def pick_teacher(config: Config, source: Source, network: nn.Module, loader: DataLoader, classes: list[str], device: torch.device,
+                 resuming: bool) -> nn.Module | None:
+    """The network of `--teacher`. Where a new run asks for none it is the start, if that is trained and knows the classes; `config` and the
+    source's notes say so then."""
+    trained = source.pretrained and not source.new_head and config.epochs and config.method != "dense"
+    if config.teacher is None and trained and not resuming:
+        own = start(network)
+        with data.naming_images(loader):
+            known = knows(own, loader, len(classes), device)
+        if known is None:
+            return None
+        config.teacher = START
+        source.notes.append(f"it starts from a network that is right on {known:.0f} % of the first training images, and learns from it too; "
+                            f"--teacher {NO_ONE}: it does not")
+        return own
+    if config.teacher in (None, NO_ONE):
+        return None
+    return start(network) if config.teacher == START else load_teacher(config.teacher, source, classes, device)
 
 
 def train(config: Config, job: Job, folder: Path, state: dict | None, console: Console) -> dict[str, Any]:

@@ -43,7 +43,7 @@ def start(network: nn.Module) -> nn.Module:
 
 
 def knows(network: nn.Module, train: DataLoader, classes: int, device: torch.device) -> float | None:
-    """Accuracy in percent of a network on the first training images, where it is above chance by five standard errors."""
+    """Accuracy in percent of a network in eval mode on the first training images, where it is above chance by five standard errors."""
     seen = 0
 
     def first() -> Iterator[Batch]:
@@ -55,7 +55,7 @@ def knows(network: nn.Module, train: DataLoader, classes: int, device: torch.dev
             if seen >= TRIED_IMAGES:
                 return
 
-    found, chance = top1(start(network), first(), device), 100 / classes
+    found, chance = top1(network, first(), device), 100 / classes
     return found if found > chance + 5 * (chance * (100 - chance) / seen) ** 0.5 else None
 
 

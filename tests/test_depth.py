@@ -66,6 +66,8 @@ def test_macs_and_parameters_are_those_of_what_is_left(case):
     blocks = tuple(block for stage in stages(network, space) for block in stage[len(stage) // 2:])
     short = shorten(network, space, blocks)
     assert short.full_macs == space.full_macs and short.ratio(space.full) < 1
+    anew = Space(without(network, blocks))
+    assert anew.full_macs == short.macs.total(space.full) and anew.parameters.total(anew.full) == short.parameters.total(space.full)
     rng = np.random.default_rng(0)
     for widths in (space.full, np.array([rng.choice(group.candidates) for group in space.groups])):
         plan = Plan.from_widths(short, widths, rng.random(space.size))

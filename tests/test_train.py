@@ -249,7 +249,7 @@ def test_a_teacher_is_learnt_from(here, capsys):
         assert word in capsys.readouterr().err
 
 
-def test_a_trained_network_teaches_what_comes_of_it(here, capsys):
+def test_a_trained_network_teaches_what_comes_of_it(here, monkeypatch, capsys):
     """Its own start is its teacher, also when it was killed and goes on; unless it is told not to, or knows no better than chance."""
     assert s2h(*PRUNE[:3], *PRUNE[5:], "--method", "dense", "--data", "data", "--epochs", "6", "-o", "dense") == 0
     start = ["--weights", "dense/model.safetensors", "--epochs", "2"]
@@ -257,6 +257,12 @@ def test_a_trained_network_teaches_what_comes_of_it(here, capsys):
     uniform = ["--method", "uniform"]  # whose constants are the same whoever teaches
     for name, options in (("by-start", []), ("by-name", ["--teacher", "start"]), ("alone", ["--teacher", "none"]), ("by-run", ["--teacher", "dense"])):
         assert s2h(*PRUNE, *start, *options, *uniform, "-o", name) == 0
+    real = checkpoint.save
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(run.checkpoint, "save", lambda path, state: real(path, state) or _kill())
+        cli.main([*PRUNE, *start, *uniform, "-o", "killed"])
+    assert s2h(*PRUNE, *start, *uniform, "-o", "killed", "--resume") == 0
+    same_results(here, "by-start", "killed")
     by_start, by_name, alone, by_run = (load_file(here / name / "model.safetensors") for name in ("by-start", "by-name", "alone", "by-run"))
     assert all(torch.equal(by_start[name], by_name[name]) for name in by_start)
     assert not torch.equal(by_start["stem.weight"], alone["stem.weight"])
@@ -265,6 +271,10 @@ def test_a_trained_network_teaches_what_comes_of_it(here, capsys):
         args = [a for a in PRUNE if "dense" not in options or a not in ("--flops", "0.4")]
         assert s2h(*args, *(start if "dense" in options else start[2:]), *options, "-o", options[-1] + "-alone") == 0
         assert "teacher: null" in (here / (options[-1] + "-alone") / "args.yaml").read_text()
+
+
+def _kill():
+    raise Killed
 
 
 def test_from_a_network_that_teaches_too_the_search_is_shorter(here):

@@ -73,7 +73,7 @@ class S2H(HardMethod):
         self.mask_optimizer = torch.optim.Adam(self.masks.parameters(), lr=settings.mask_lr)
         self.budget = 1.0  # the target of this step
         self.ranks = self.importance.ranks()
-        self.frozen = self.merged = False
+        self.frozen = False
         self.ladder = torch.ones(space.size, device=device)  # w at the freeze
         self.faded = 0.0  # of the way from there to m
 
@@ -93,7 +93,11 @@ class S2H(HardMethod):
         if self.frozen:
             left = self.settings.merge - self.settings.freeze
             self.faded = min(1.0, (progress - self.settings.freeze) / left) if left > 0 else 1.0
-            self.merged = self.faded == 1.0
+
+    @property
+    def merged(self) -> bool:
+        """Whether soft and hard network are one."""
+        return self.faded == 1.0
 
     @property
     def passes(self) -> list[Callable[..., dict[str, torch.Tensor]]]:
@@ -163,12 +167,12 @@ class S2H(HardMethod):
     def state_dict(self) -> dict:
         """All that a later `load_state_dict` needs, beside the network, to go on bit for bit: tensors and plain data."""
         return {"masks": self.masks.state_dict(), "ladder": self.ladder, "mask_optimizer": self.mask_optimizer.state_dict(),
-                "frozen": self.frozen, "merged": self.merged, "ranks": self.ranks, "hard": self.hard.state_dict()}
+                "frozen": self.frozen, "faded": self.faded, "ranks": self.ranks, "hard": self.hard.state_dict()}
 
     def load_state_dict(self, state: dict) -> None:
         self.masks.load_state_dict(state["masks"])
         self.mask_optimizer.load_state_dict(state["mask_optimizer"])
-        self.frozen, self.merged = state["frozen"], state["merged"]
+        self.frozen, self.faded = state["frozen"], state["faded"]
         self.ranks.copy_(state["ranks"])
         self.ladder.copy_(state["ladder"])
         self.hard.load_state_dict(state["hard"])
