@@ -199,7 +199,8 @@ def main(args: list[str] | None = None) -> None:
             if lost_another(error):  # which says itself what is wrong
                 raise SystemExit(1) from None
             raise
-        command = f"s2h {args[0]}" if args[0] in ("prune", "inspect", "export", "models", "recipes", "eval") else "s2h"
+        names = {command.name or command.callback.__name__ for command in app.registered_commands}
+        command = f"s2h {args[0]}" if args[0] in names else "s2h"
         fail(f"{error.format_message().rstrip('.')}; see {command} --help")
     raise SystemExit(code or 0)
 

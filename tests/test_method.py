@@ -275,6 +275,17 @@ def test_the_widths_freeze_exactly_on_budget_and_stay(method, batch):
     assert method.plan is plan and method.masks.u.grad is None
 
 
+@pytest.mark.parametrize("steps", [40, 400])
+def test_the_masks_can_move_as_far_in_few_steps_as_in_many(method, steps):
+    moved = 0.0
+    method = S2H(method.network, method.space, target=0.4)
+    for i in range(steps):
+        method.start_step(i / steps)
+        moved += sum(optimizer.param_groups[0]["lr"] for optimizer in method.optimizers())
+    last = method.settings.freeze - 1 / steps  # progress of the last step before they freeze
+    assert moved == pytest.approx(method.settings.mask_speed * last)
+
+
 def test_gates_fade_into_the_mask_until_both_networks_are_one(method, batch):
     settings, images = method.settings, batch[0]
     method.start_step(settings.freeze)

@@ -38,7 +38,7 @@ class Settings:
     alpha: float = 1.0  #: weight of the distillation terms G
     beta: float = 20.0  #: weight of the budget term R
     temperature: float = 1.0  #: T of the width probabilities
-    mask_lr: float = 0.05  #: learning rate of the width logits (Adam)
+    mask_speed: float = 75.0  #: how far Adam can move a width logit in a whole schedule: its learning rate times the steps
     ramp: float = 0.15  #: share of the schedule over which the target falls from 1 to the budget
     freeze: float = 0.25  #: share of the schedule after which widths stand still, exactly on budget
     merge: float = 0.4  #: share of the schedule by which w has faded into m, from `freeze` on; then the hard network trains alone
@@ -47,7 +47,7 @@ class Settings:
 
 
 #: From a trained network that teaches as well: a short search for the widths, then the small network alone.
-TRAINED = Settings(mask_lr=0.1, ramp=0.06, freeze=0.1, merge=0.1)
+TRAINED = Settings(mask_speed=150.0, ramp=0.04, freeze=0.06, merge=0.06)
 
 
 class S2H(HardMethod):
@@ -70,7 +70,8 @@ class S2H(HardMethod):
         self.read_parts = {key: torch.from_numpy(parts).to(device) for key, parts in space.read_parts.items()}
         self.hard = HardNetwork(self.soft, space, self.operands, compile=compile, sync_bn=sync_bn)
         self.run_soft = runner(self.soft)
-        self.mask_optimizer = torch.optim.Adam(self.masks.parameters(), lr=settings.mask_lr)
+        self.mask_optimizer = torch.optim.Adam(self.masks.parameters(), lr=0.0)
+        self.progress = 0.0  # at the last step
         self.budget = 1.0  # the target of this step
         self.ranks = self.importance.ranks()
         self.frozen = False
@@ -82,6 +83,8 @@ class S2H(HardMethod):
     def start_step(self, progress: float) -> None:
         """Moves the hard network to the current masks, freezes the widths, fades the gates, or lets the hard network go on alone, when
         their time has come."""
+        self.mask_optimizer.param_groups[0]["lr"] = self.settings.mask_speed * (progress - self.progress)
+        self.progress = progress
         if not self.frozen:
             self.budget = 1 - (1 - self.target) * min(1.0, progress / self.settings.ramp)
             if progress >= self.settings.freeze:
@@ -167,12 +170,12 @@ class S2H(HardMethod):
     def state_dict(self) -> dict:
         """All that a later `load_state_dict` needs, beside the network, to go on bit for bit: tensors and plain data."""
         return {"masks": self.masks.state_dict(), "ladder": self.ladder, "mask_optimizer": self.mask_optimizer.state_dict(),
-                "frozen": self.frozen, "faded": self.faded, "ranks": self.ranks, "hard": self.hard.state_dict()}
+                "progress": self.progress, "frozen": self.frozen, "faded": self.faded, "ranks": self.ranks, "hard": self.hard.state_dict()}
 
     def load_state_dict(self, state: dict) -> None:
         self.masks.load_state_dict(state["masks"])
         self.mask_optimizer.load_state_dict(state["mask_optimizer"])
-        self.frozen, self.faded = state["frozen"], state["faded"]
+        self.progress, self.frozen, self.faded = state["progress"], state["frozen"], state["faded"]
         self.ranks.copy_(state["ranks"])
         self.ladder.copy_(state["ladder"])
         self.hard.load_state_dict(state["hard"])
