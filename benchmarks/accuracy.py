@@ -13,7 +13,7 @@ In scenario A all start from one dense network, whose cost is not counted, and w
 Cost is in units: one forward and backward of the whole network over the training images once, by PyTorch's counter of operations
 (`torch.utils.flop_counter`) on every tenth step (EPSD's scoring, on its first eight steps, is not in it); seconds are the processor's.
 `soft` is the accuracy of the soft network, or of STP's whole one, and `gap`, `js` and `l2` what lies between it and the hard one at that
-time: for S2H the end of the last epoch before the two become one, for others the end of the run. The rows of Torch-Pruning need `pip install torch-pruning`.
+time: for S2H just before the two become one, for others the end of the run. The rows of Torch-Pruning need `pip install torch-pruning`.
 
 Rows of one seed see the same augmented images in the same order. These, and what the teacher says of them, are kept in memory (2 GB) for
 the rows that follow. So loading is not in the seconds; the teacher's passes are, with the time that they took.
@@ -47,7 +47,7 @@ from s2h_cli.methods.s2h import TRAINED, Settings
 from s2h_cli.plan import Space
 from s2h_cli.source import Source, load_source
 from s2h_cli.teacher import start
-from s2h_cli.train.loop import fit, seed_everything
+from s2h_cli.train.loop import evaluate, first_images, fit, seed_everything
 
 RESULTS = Path(__file__).parent / "accuracy"
 METER_EVERY = 10
@@ -119,7 +119,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     args = parser.parse_args()
     table, path = TABLES[args.table], RESULTS / f"{args.table}.csv"
-    splits = first_images(open_splits(args.data), table)
+    splits = first_of_each_class(open_splits(args.data), table)
     for seed in args.seeds:  # outermost, since its images are kept
         for scenario in args.scenario:
             for flops in args.flops or table.flops:
@@ -158,11 +158,10 @@ def run_cell(table: Table, splits: Splits, path: Path, scenario: str, name: str,
             sys.exit(f"'{name}' needs the rows '{row.cost}' and '{name.removesuffix(' = cost')}' first")
         epochs = math.ceil(float(paid["units"]) / (float(alone["units"]) / int(alone["epochs"])))
     merge = getattr(getattr(method, "settings", None), "merge", math.inf)
-    apart = math.floor(merge * epochs) if merge < 1 else epochs  # the last epoch after which there are two networks
-    watcher = Watcher(method, whole, source, len(splits.train) // 64, {epochs, apart})
+    watcher = Watcher(method, whole, source, len(splits.train) // 64, epochs, min(merge, 1.0))
     started = CLOCK()
     found = train(method, table, splits, source, epochs, seed, watcher, teacher)
-    return {"epochs": epochs, "hard": found["top1_hard"], **watcher.apart, "ratio": ratio or method.plan.ratio, "units": watcher.units(epochs),
+    return {"epochs": epochs, "hard": found["top1_hard"], **watcher.apart, "ratio": ratio or method.plan.ratio, "units": watcher.units(),
             "seconds": round(CLOCK() - started), "widths": " ".join(map(str, method.plan.widths))}
 
 
@@ -182,6 +181,7 @@ def train(method: Any, table: Table, splits: Splits, source: Source, epochs: int
         LOADERS[seed] = Kept(make_loader(splits.train, train=True, **loading)), list(make_loader(splits.val, train=False, **loading))
     batches, val = LOADERS[seed]
     watcher.val.extend(val)
+    watcher.images = first_images(batches, 64)
     return fit(method, batches, watcher.val, Recipe(epochs=epochs, lr=table.lr, seed=seed), watcher,
                classes=len(splits.class_names), teacher=teacher and Remembering(teacher, batches, watcher))[-1]
 
@@ -191,7 +191,7 @@ def dense_weights(table: Table, splits: Splits, path: Path) -> dict[str, torch.T
     if not path.exists():
         source, network = fresh(table, splits, 0)
         method = METHODS["dense"](network, Space(network), 1.0)
-        watcher = Watcher(method, copy.deepcopy(network), source, len(splits.train) // 64, {table.dense_epochs})
+        watcher = Watcher(method, copy.deepcopy(network), source, len(splits.train) // 64, table.dense_epochs)
         row = train(method, table, splits, source, table.dense_epochs, 0, watcher)
         print(f"dense network: {row['top1_hard']:.2f}", flush=True)
         path.parent.mkdir(exist_ok=True)
@@ -264,7 +264,7 @@ LOADERS: dict[int, tuple[Kept, list]] = {}
 
 
 class Batches(list):
-    """The validation batches; only the first of them, as long as no one reads the evaluation."""
+    """The validation batches; only the first of them, as long as no one reads the accuracy."""
 
     whole = False
 
@@ -278,33 +278,47 @@ class Watcher:
     Args:
         network: the whole one, which a unit of cost is a forward and backward of.
         steps: of an epoch.
-        evaluated: the epochs, from 1, whose evaluation is read.
+        merge: share of the schedule after which there is one network.
     """
 
-    def __init__(self, method: Any, network: nn.Module, source: Source, steps: int, evaluated: set[int]):
+    def __init__(self, method: Any, network: nn.Module, source: Source, steps: int, epochs: int, merge: float = 1.0):
         with FlopCounterMode(display=False) as self.counter:
             network.train()(torch.randn(64, *source.input_size)).square().mean().backward()
         self.unit, self.steps, self.counted, self.counting = self.counter.get_total_flops(), steps, [], False
-        self.method, self.evaluated, self.apart, self.val = method, evaluated, {}, Batches()
+        self.method, self.epochs, self.apart, self.val = method, epochs, {}, Batches()
+        self.last_apart = math.ceil(merge * steps * epochs)  # the step after which the networks are compared
+        self.images: list[torch.Tensor] = []  # on which batch-norm statistics are re-estimated
 
     def step(self, epoch: int, step: int, facts: dict[str, float]) -> None:
         if self.counting:
             self.counter.__exit__(None, None, None)
             self.counted.append(self.counter.get_total_flops())
+        if epoch * self.steps + step == self.last_apart < self.epochs * self.steps:
+            self.compare()
         self.counting = step % METER_EVERY == METER_EVERY - 1 and step < self.steps
         if self.counting:  # the next step
             self.counter = FlopCounterMode(display=False).__enter__()
-        self.val.whole = epoch + 1 in self.evaluated
+        self.val.whole = epoch + 1 == self.epochs
 
     def epoch(self, row: dict[str, Any], seconds: float) -> None:
-        networks = self.method.networks()
-        for kind in ("soft", "whole"):
-            if kind in networks and row["epoch"] in self.evaluated:
-                js, l2 = gap(networks[kind], networks["hard"], self.val)
-                self.apart = {"soft": row[f"top1_{kind}"], "gap": row[f"top1_{kind}"] - row["top1_hard"], "js": js, "l2": l2}
+        if row["epoch"] == self.epochs:
+            self.compare()
 
-    def units(self, epochs: int) -> float:
-        return statistics.mean(self.counted) / self.unit * epochs
+    def compare(self) -> None:
+        """The soft network, or the whole one, with the hard one. It leaves no trace: statistics are re-estimated before they are used."""
+        networks, started = self.method.networks(), time.process_time()
+        if len(networks) == 2:
+            kind, = networks.keys() - {"hard"}
+            self.val.whole = True
+            found = evaluate(networks, self.images, self.val, self.images[0].device)
+            js, l2 = gap(networks[kind], networks["hard"], self.val)
+            self.apart = {"soft": found[f"top1_{kind}"], "gap": found[f"top1_{kind}"] - found["top1_hard"], "js": js, "l2": l2}
+            for network in networks.values():
+                network.train()
+        CLOCK.outside += time.process_time() - started
+
+    def units(self) -> float:
+        return statistics.mean(self.counted) / self.unit * self.epochs
 
 
 @torch.no_grad()
@@ -321,7 +335,7 @@ def gap(soft: nn.Module, hard: nn.Module, loader: Any) -> tuple[float, float]:
     return torch.cat(js).mean().item(), torch.cat(l2).mean().item()
 
 
-def first_images(splits: Splits, table: Table) -> Splits:
+def first_of_each_class(splits: Splits, table: Table) -> Splits:
     """The first images of each class, as many as the table says."""
 
     def first(images: ImageSet, count: int) -> ImageSet:

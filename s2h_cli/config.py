@@ -119,6 +119,8 @@ def configure(given: dict[str, Any], recipe: str | None = None, file: Path | Non
     for name, example in (("model", "resnet50"), ("data", "--data ./imagenet"), ("flops", "--flops 0.35")):
         if name not in settings:
             raise UserError(f"no {name} is given; name it, such as {example}, or a --config FILE that has it")
+    if isinstance(settings["flops"], list):  # of a file
+        settings["flops"] = ",".join(f"{budget:g}" for budget in settings["flops"])
     if isinstance(settings["flops"], str):
         settings["flops"] = _budgets(settings["flops"])
     return Config(**settings)
@@ -159,6 +161,8 @@ def resumed(config: Config, folder: Path) -> Config:
         if getattr(saved, name) != getattr(config, name):
             raise UserError(f"cannot resume: '{folder}' was started with {name} {getattr(saved, name)}, "
                             f"not {getattr(config, name)}; ask for the same, or start a new run")
+    if config.device != Config.device:
+        saved.device = config.device  # another machine's
     return saved
 
 

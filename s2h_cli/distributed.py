@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from functools import cache
 from typing import Any
 
 import torch
@@ -15,15 +16,31 @@ RANK, WORLD, LOCAL_RANK, RESTARTS = (int(os.environ.get(name, default)) for name
     ("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0), ("TORCHELASTIC_RESTART_COUNT", 0)))
 
 
+@cache
+def store() -> dist.Store | None:
+    """What torchrun keeps for all processes of a job, also while it starts them again; None without it."""
+    return next(dist.rendezvous("env://"))[0] if "TORCHELASTIC_RUN_ID" in os.environ else None
+
+
+def remember(name: str, value: str) -> None:
+    """Keeps a fact of the job for processes that torchrun starts in place of those that died."""
+    if store():
+        store().set(f"s2h/{name}", value)
+
+
+def recall(name: str) -> str | None:
+    """What processes of this job that died had remembered."""
+    return store().get(f"s2h/{name}").decode() if RESTARTS and store().check([f"s2h/{name}"]) else None
+
+
 def join(device: torch.device) -> None:
     """Meets the other processes of the job."""
     if WORLD > 1 and not dist.is_initialized():
         if device.type == "cuda":
             torch.cuda.set_device(device)
-        # Under a prefix, since torchrun's store keeps the addresses of processes that died before a restart.
-        store, rank, world = next(dist.rendezvous("env://"))
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", rank=rank, world_size=world,
-                                store=dist.PrefixStore(f"s2h/{RESTARTS}", store))
+        # Under a prefix, since the store keeps the addresses of processes that died.
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", rank=RANK, world_size=WORLD,
+                                store=dist.PrefixStore(f"s2h/{RESTARTS}", store()))
 
 
 def leave() -> None:

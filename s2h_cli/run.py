@@ -32,13 +32,15 @@ from .source import Source, load_source, short_name
 from .teacher import NO_ONE, START, knows, load_teacher, start
 from .train import checkpoint, loop
 from .train.evaluate import top1
-from .train.loop import first_batches, fit, seed_everything, try_step
-from .train.recipe import check, default_lr
+from .train.loop import first_images, fit, seed_everything, try_step
+from .train.recipe import check, default_lr, flag
 
 #: Settings that depend on the data, where the user gave none: the digits are few and small.
 EPOCHS = {"digits": 20}
 IMG_SIZE = {"digits": 32}
 DEFAULT_EPOCHS = 100
+#: The least value of settings that count something.
+LEAST = {"epochs": 0, "workers": 0, "warmup_epochs": 0, "img_size": 1, "divisor": 1, "checkpoint_every": 1}
 
 
 def prune(config: Config, console: Console, *, resume: bool = False, dry_run: bool = False) -> list[dict[str, Any]]:
@@ -51,24 +53,28 @@ def prune(config: Config, console: Console, *, resume: bool = False, dry_run: bo
     Raises:
         UserError: whatever the user can mend.
     """
+    started = distributed.recall("folder")
+    if resume or started:
+        folder = Path(started) if started else old_folder(config)
+        config = resumed(config, folder)
     check_settings(config)
     device = pick_device(config.device)
     if config.sync_bn and distributed.WORLD > 1 and device.type == "cpu":
         raise UserError("--sync-bn needs GPUs: torch has no such batch norm for CPUs; leave it away")
     distributed.join(device)
-    resume = resume or (distributed.RESTARTS > 0 and taken(config) is not None)
-    folder = Path(distributed.from_first(str(pick_folder(config, resume) if distributed.RANK == 0 else "")))
+    if not (resume or started):
+        folder = Path(distributed.from_first(str(new_folder(config) if distributed.RANK == 0 else "")))
     last = folder / "checkpoints" / "last"
-    config = resumed(config, folder) if resume else config
-    state = checkpoint.load(last) if resume and last.exists() else None
+    state = checkpoint.load(last) if (resume or started) and last.exists() else None
     job = prepare(config, device, console, resuming=state is not None)
     if dry_run:
         if config.epochs:
             try_step(job.method, job.train, config, len(job.classes), job.teacher)
         console.print(f"dry run: the budget can be met, a step works, nothing was written. To train:\n  {config.command()}", soft_wrap=True)
         return []
-    if distributed.RANK == 0 and not resume:
+    if distributed.RANK == 0 and not (resume or started):
         write(config, folder)
+        distributed.remember("folder", str(folder))
     config.output = str(folder)
     try:
         row = train(config, job, folder, state, console)
@@ -108,6 +114,9 @@ def check_settings(config: Config) -> None:
         raise UserError(f"--method dense cuts nothing; leave --flops {config.target} away")
     if config.method != "s2h" and len(config.budgets) > 1:
         raise UserError(f"--flops {config.target} names several budgets, which --method s2h alone trains in one run; give one")
+    for name, least in LEAST.items():
+        if getattr(config, name) is not None and getattr(config, name) < least:
+            raise UserError(f"{flag(name)} is {getattr(config, name)}; give {least} or more")
     for budget in config.budgets:
         if not 0 < budget < 1 and config.method != "dense":
             raise UserError(f"--flops {budget:g} is no share of the MACs; give a number between 0 and 1, such as 0.35")
@@ -166,7 +175,7 @@ def pick_teacher(config: Config, source: Source, network: nn.Module, loader: Dat
     if config.teacher is None and trained and not resuming:
         own = start(network)
         with data.naming_images(loader):
-            known = knows(own, loader, len(classes), device)
+            known = knows(own, loader, config.batch_size, len(classes), device)
         if known is None:
             return None
         config.teacher = START
@@ -175,7 +184,12 @@ def pick_teacher(config: Config, source: Source, network: nn.Module, loader: Dat
         return own
     if config.teacher in (None, NO_ONE):
         return None
-    return start(network) if config.teacher == START else load_teacher(config.teacher, source, classes, device)
+    if config.teacher != START:
+        return load_teacher(config.teacher, source, classes, device)
+    if source.new_head or not (source.pretrained or ".py" in source.spec):
+        raise UserError(f"--teacher {START}: the network that this run starts from has no trained weights for these classes; give it --weights, or "
+                        f"--teacher {NO_ONE}")
+    return start(network)
 
 
 def train(config: Config, job: Job, folder: Path, state: dict | None, console: Console) -> dict[str, Any]:
@@ -193,7 +207,7 @@ def train(config: Config, job: Job, folder: Path, state: dict | None, console: C
             rows = fit(job.method, job.train, val, config, watcher, classes=len(job.classes), teacher=job.teacher, state=state, save=save,
                        save_every=config.checkpoint_every)
     else:
-        rows = [{"epoch": 0, **loop.ratios(job.method), **loop.evaluate(loop.networks(job.method), first_batches(job.train), val, job.device)}]
+        rows = [{"epoch": 0, **loop.ratios(job.method), **loop.evaluate(loop.networks(job.method), first_images(job.train, config.batch_size), val, job.device)}]
         if leads:
             write_summary(folder / "summary.csv", rows)
     bad = []
@@ -335,28 +349,31 @@ def pick_device(name: str) -> torch.device:
     return device
 
 
-def pick_folder(config: Config, resume: bool) -> Path:
-    """The run's folder: `-o`, or the next free `runs/NAME-fSHARE`; with `--resume` one that exists.
+def new_folder(config: Config) -> Path:
+    """A new run's folder: `-o`, or the next free `runs/NAME-fSHARE`.
 
     Raises:
-        UserError: a new run's folder exists, or the one to resume does not.
+        UserError: it exists.
     """
-    old = taken(config)
-    if resume and old is None:
+    if not config.output:
+        return next(p for i in itertools.count(1) if not (p := default_folder(config, i)).exists())
+    if Path(config.output).exists():
+        raise UserError(f"'{config.output}' exists and is kept; add --resume to go on with it, or choose another folder with -o")
+    return Path(config.output)
+
+
+def old_folder(config: Config) -> Path:
+    """The folder of an earlier run like this one, to go on with: `-o`, or the newest `runs/NAME-fSHARE`.
+
+    Raises:
+        UserError: there is none.
+    """
+    named = [Path(config.output)] if config.output else (default_folder(config, i) for i in range(9999, 0, -1))
+    found = next((path for path in named if path.exists()), None)
+    if found is None:
         what = f"folder '{config.output}'" if config.output else f"run '{default_folder(config, 1)}'"
         raise UserError(f"nothing to resume: no {what}; leave --resume away or name the run's folder with -o")
-    if resume:
-        return old
-    if config.output and old is not None:
-        raise UserError(f"'{old}' exists and is kept; add --resume to go on with it, or choose another folder with -o")
-    return Path(config.output) if config.output else next(p for i in itertools.count(1) if not (p := default_folder(config, i)).exists())
-
-
-def taken(config: Config) -> Path | None:
-    """The folder of an earlier run like this one: the newest, where they are numbered."""
-    if config.output:
-        return Path(config.output) if Path(config.output).exists() else None
-    return next((p for i in range(9999, 0, -1) if (p := default_folder(config, i)).exists()), None)
+    return found
 
 
 def default_folder(config: Config, number: int) -> Path:

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
-from typing import Iterator
-
 import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
 from . import artifacts
-from .errors import UserError
+from .errors import UserError, why
 from .source import Source, load_source
-from .train.evaluate import Batch, top1
+from .train.evaluate import top1
+from .train.loop import first_batches
 
 #: The network that a run starts from, and no one, as teachers.
 START, NO_ONE = "start", "none"
@@ -42,21 +41,12 @@ def start(network: nn.Module) -> nn.Module:
     return copy.deepcopy(network).eval().requires_grad_(False)
 
 
-def knows(network: nn.Module, train: DataLoader, classes: int, device: torch.device) -> float | None:
+def knows(network: nn.Module, train: DataLoader, batch_size: int, classes: int, device: torch.device) -> float | None:
     """Accuracy in percent of a network in eval mode on the first training images, where it is above chance by five standard errors."""
-    seen = 0
-
-    def first() -> Iterator[Batch]:
-        nonlocal seen
-        train.set_epoch(0)
-        for images, targets in train:
-            seen += len(images)
-            yield images, targets
-            if seen >= TRIED_IMAGES:
-                return
-
-    found, chance = top1(network, first(), device), 100 / classes
-    return found if found > chance + 5 * (chance * (100 - chance) / seen) ** 0.5 else None
+    count = max(1, TRIED_IMAGES // batch_size)
+    found, chance = top1(network, first_batches(train, count), device), 100 / classes
+    images = min(count * batch_size, len(train.dataset))
+    return found if found > chance + 5 * (chance * (100 - chance) / images) ** 0.5 else None
 
 
 def load_teacher(spec: str, pupil: Source, classes: list[str], device: torch.device) -> Teacher:
@@ -81,8 +71,12 @@ def load_teacher(spec: str, pupil: Source, classes: list[str], device: torch.dev
         if not own:
             raise UserError(f"the teacher '{spec}' has no trained weights for these classes; give a file of weights, or a run's folder")
         network, mean, std = source.module, source.mean, source.std
-    with torch.no_grad():
-        found = network.eval()(torch.zeros(2, *pupil.input_size)).shape[-1]
+    try:
+        with torch.no_grad():
+            found = network.eval()(torch.zeros(2, *pupil.input_size)).shape[-1]
+    except Exception as error:  # whatever a model's own code raises
+        size = "x".join(map(str, pupil.input_size))
+        raise UserError(f"the teacher '{spec}' cannot take images of {size} ({why(error)}); give the --img-size that it was trained at") from error
     if found != len(classes):
         raise UserError(f"the teacher '{spec}' gives {found} classes, the data has {len(classes)}; give one trained on this data")
     return Teacher(network, mean, std, pupil).eval().requires_grad_(False).to(device)

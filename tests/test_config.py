@@ -10,14 +10,15 @@ import yaml
 from s2h_cli import cli, config
 from s2h_cli.config import Config, Recipe, configure
 from s2h_cli.errors import UserError
+from s2h_cli.run import check_settings
 from s2h_cli.train.recipe import check
 
 GIVEN = {"model": "resnet18", "data": "digits", "flops": 0.35}
 
 
-def refusal(*args):
+def refusal(*args, **options):
     with pytest.raises(UserError) as caught:
-        configure(*args)
+        configure(*args, **options)
     assert "\n" not in str(caught.value)
     return str(caught.value)
 
@@ -74,6 +75,22 @@ def test_what_is_missing_is_said():
 def test_settings_without_a_meaning_are_refused(change, word):
     with pytest.raises(UserError, match=word):
         check(configure(GIVEN | change))
+
+
+def test_budgets_of_a_file_are_those_of_the_command_line(tmp_path):
+    for budgets, meant in (([0.35], 0.35), ([0.15, 0.35], [0.15, 0.35])):
+        (tmp_path / "args.yaml").write_text(yaml.safe_dump(GIVEN | {"flops": budgets}))
+        assert configure({}, file=tmp_path / "args.yaml").flops == meant
+    for budgets, word in (([], "no share"), ([0.2, 0.2], "twice")):
+        (tmp_path / "args.yaml").write_text(yaml.safe_dump(GIVEN | {"flops": budgets}))
+        assert word in refusal({}, file=tmp_path / "args.yaml")
+
+
+@pytest.mark.parametrize("change", [{"epochs": -1}, {"workers": -3}, {"warmup_epochs": -2}, {"divisor": 0}, {"checkpoint_every": 0}])
+def test_numbers_of_a_file_below_the_least_are_refused(change):
+    (name, value), = change.items()
+    with pytest.raises(UserError, match=f"--{name.replace('_', '-')} is {value}"):
+        check_settings(configure(GIVEN | change))
 
 
 @pytest.mark.parametrize("budget", ["0.35", "0.15,0.35"])

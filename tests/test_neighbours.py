@@ -13,6 +13,8 @@ from s2h_cli.masks import widths_of
 from s2h_cli.methods import METHODS
 from s2h_cli.methods.cut import at_random, by_magnitude, uniform
 from s2h_cli.methods.epsd import EPSD, class_wise, plan_of_scores
+from s2h_cli.methods.s2h import S2H
+from s2h_cli.methods.several import Several
 from s2h_cli.methods.stp import STP
 from s2h_cli.plan import Plan, Space
 from test_method import CRITERION, Small
@@ -115,6 +117,54 @@ def test_epsd_keeps_the_highest_scores_of_its_first_steps(network, batch):
     for group in space.groups:
         kept = plan.keep[group.start:group.stop]
         assert kept.all() or scores[group.start:group.stop][kept].min() > scores[group.start:group.stop][~kept].max()
+
+
+@pytest.mark.parametrize("images", [7, 9, 10, 13, 16])
+def test_the_parts_that_epsd_looks_ahead_over_have_two_images_at_least(network, batch, images, monkeypatch):
+    seen = []
+    method = EPSD(network, Space(network, divisor=2), 0.4)
+    monkeypatch.setattr("s2h_cli.methods.epsd.class_wise", lambda logits, y, t: seen.append(len(y)) or class_wise(logits, y, t))
+    method.score(batch[0][:images].float(), batch[1][:images])
+    assert sum(seen) == images and min(seen) >= 2 and len(seen) == min(method.settings.inner_steps + 1, images // 2)
+
+
+def test_stp_scores_whose_turn_it_is_by_its_divergence_and_trains_it_alone(network, batch):
+    method = STP(network, Space(network, divisor=2), 0.4)
+    images = batch[0].float()
+    torch.manual_seed(1)  # with which the challenger is another
+    method.network.train(), method.hard.module.train(), method.whole.module.train()
+    found = []
+    for turn in (0, 1):
+        method.start_step(0.1)
+        inner = method.challenger if turn else method.hard
+        method.whole_terms(images, batch[1], CRITERION)
+        with torch.no_grad():
+            p, q = method.logits.log_softmax(1), inner.run(inner.parameters(), images).log_softmax(1)
+        found.append((p.exp() * (p - q)).sum(1).mean())
+        network.zero_grad()
+        method.hard_terms(images, batch[1], CRITERION)["hard"].backward()
+        kept = inner.indices["conv2.weight"][0]
+        touched = method.weights["conv2.weight"].grad.flatten(1).any(1).nonzero().flatten()
+        assert set(touched.tolist()) <= set(kept.tolist()) and len(kept) < 16
+    assert method.choices["hard"] is not method.choices["challenger"] and found[0] != found[1]
+    torch.testing.assert_close(method.scores, torch.stack(found))
+
+
+def test_several_budgets_take_turns(network, batch):
+    """In a step one part's masks and hard network move, and none of the others'."""
+    space = Space(network, divisor=2)
+    method = Several(S2H, network, space, [0.2, 0.4, 0.6])
+    parts = list(method.parts.values())
+    for step in range(6):
+        before = [part.masks.u.clone() for part in parts]
+        method.start_step(0.01 * (step + 1))
+        for optimizer in method.optimizers():
+            optimizer.zero_grad()
+        for run in method.passes:
+            method.backward(run(batch[0].float(), batch[1], CRITERION))
+        for optimizer in method.optimizers():
+            optimizer.step()
+        assert [not torch.equal(u, part.masks.u) for u, part in zip(before, parts)] == [i == step % 3 for i in range(3)]
 
 
 def test_stp_keeps_the_subnetwork_of_the_lower_divergence(network):

@@ -98,7 +98,7 @@ class EPSD(HardMethod):
         buffers = {name: buffer.clone() for name, buffer in self.gated.named_buffers() if name not in operands}
         run = runner(self.gated)
         parts = min(self.settings.inner_steps + 1, max(1, len(images) // 2))  # of two images at least, for batch norm
-        for i, (x, y) in enumerate(zip(images.chunk(parts), targets.chunk(parts)), 1):
+        for i, (x, y) in enumerate(zip(images.tensor_split(parts), targets.tensor_split(parts)), 1):
             logits = run({**gate_reads(operands, self.read_parts, gates), **buffers}, x)
             loss = F.cross_entropy(logits, y) + self.settings.weight * class_wise(logits, y, self.settings.temperature)
             if i < parts:

@@ -30,7 +30,7 @@ class HardNetwork:
         self.follow(Plan.whole(space))
 
     def follow(self, plan: Plan) -> None:
-        """Makes it the network of `plan`. Where that drops other blocks than before, its batch-norm statistics start anew."""
+        """Makes it the network of `plan`. Where other channels stay than before, its batch-norm statistics start anew."""
         if self.plan is None or plan.space.dropped != self.plan.space.dropped:
             self._build(plan.space)
         elif np.array_equal(plan.keep, self.plan.keep):

@@ -106,13 +106,13 @@ class STP(HardMethod):
     def hard_terms(self, images: torch.Tensor, targets: torch.Tensor, criterion: Callable) -> dict[str, torch.Tensor]:
         """KL(whole || subnetwork on budget) of the one whose turn it is, which is its score too."""
         inner = self.challenger if self.turn else self.hard
-        loss = divergence(self.logits, inner.run(inner.parameters(), images))
+        loss = self._divergence(inner, images)
         self.scores[self.turn] += loss.detach()
         return {"hard": loss}
 
     def larger_terms(self, images: torch.Tensor, targets: torch.Tensor, criterion: Callable) -> dict[str, torch.Tensor]:
         """KL(whole || larger subnetwork)."""
-        return {"larger": divergence(self.logits, self.larger.run(self.larger.parameters(), images))}
+        return {"larger": self._divergence(self.larger, images)}
 
     def networks(self) -> dict[str, nn.Module]:
         return {"whole": self.whole.evaluated(), "hard": self.hard.evaluated()}
@@ -135,6 +135,11 @@ class STP(HardMethod):
             self._settle()
 
     # -- the method -----------------------------------------------------------------------------------------------
+
+    def _divergence(self, inner: HardNetwork, images: torch.Tensor) -> torch.Tensor:
+        """KL(whole || inner). Weights of dropped blocks take part by nothing of theirs: data parallelism waits for the gradient of every weight."""
+        absent = sum(weight.flatten()[:0].sum() for name, weight in self.weights.items() if name not in inner.present)
+        return divergence(self.logits, inner.run(inner.parameters(), images)) + absent
 
     def _compare(self) -> None:
         """The better of two goes on as the best; a new challenger, and a new larger subnetwork. The same in all processes of a job."""

@@ -14,7 +14,8 @@ Batch = tuple[torch.Tensor, torch.Tensor]
 
 
 def restate(network: nn.Module, batches: list[torch.Tensor], device: torch.device | str) -> None:
-    """Re-estimates the batch-norm statistics of a network (fvcore's precise BN) from batches of images (N, C, H, W).
+    """Re-estimates the batch-norm statistics of a network (fvcore's precise BN) from batches of images (N, C, H, W): means over the batches,
+    and over the processes of a job.
 
     Dropout and stochastic depth are off, as they are in evaluation. Leaves the network in eval mode.
     """
@@ -22,8 +23,11 @@ def restate(network: nn.Module, batches: list[torch.Tensor], device: torch.devic
     for module in network.modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
             module.train()
-    if get_bn_modules(network):
+    if norms := get_bn_modules(network):
         update_bn_stats(network, (images.to(device) for images in batches), num_iters=len(batches))
+        for norm in norms:
+            distributed.mean(norm.running_mean)
+            distributed.mean(norm.running_var)
     network.eval()
 
 

@@ -6,6 +6,7 @@ import math
 import random
 import time
 from contextlib import contextmanager, nullcontext
+from itertools import islice
 from typing import Any, Callable, Iterator, Protocol
 
 import numpy as np
@@ -18,7 +19,7 @@ from torch.utils.data import DataLoader
 from .. import distributed
 from ..config import Recipe
 from ..errors import UserError, why
-from .evaluate import restate, top1
+from .evaluate import Batch, restate, top1
 from .recipe import AMP_DTYPES, make_criterion, make_ema, make_mixup, make_optimizer, make_scheduler
 
 #: Images over which batch-norm statistics are re-estimated before an evaluation.
@@ -56,6 +57,7 @@ class Training:
         self.run = distributed.parallel(_Pass(method.network))
         self.rows: list[dict[str, Any]] = []  # one an epoch that has ended
         self.sums: dict[str, torch.Tensor] = {}  # of each term of the loss, in the epoch that runs
+        self.counts: dict[str, int] = {}  # batches that had the term
         self.position = 0  # batches of it that are done
         self.pending: int | None = None  # the update whose gradients are being added up
 
@@ -74,6 +76,7 @@ class Training:
         last = position % accumulate == 0 or position == self.batches
         for name, term in self.forward_backward(images, targets, last).items():
             self.sums[name] = self.sums.get(name, 0.0) + term.double()
+            self.counts[name] = self.counts.get(name, 0) + 1
         if last:
             self.finish()
         self.position = position
@@ -143,12 +146,12 @@ class Training:
         return [self.optimizer, *self.method.optimizers()]
 
     def losses(self) -> dict[str, float]:
-        """Means of the terms of the loss over the epoch so far, of all processes.
+        """Means of the terms of the loss over the batches of the epoch so far that had them, of all processes.
 
         Raises:
             UserError: one is not finite.
         """
-        found = {name: value / self.position for name, value in self.sums.items()}
+        found = {name: value / self.counts[name] for name, value in self.sums.items()}
         means = dict(zip(found, distributed.mean(torch.stack(list(found.values()))).tolist())) if found else {}
         if not math.isfinite(sum(means.values())):
             raise UserError(f"the loss became {sum(means.values())} at epoch {len(self.rows) + 1}, by step {self.position} of {self.batches}; "
@@ -185,7 +188,8 @@ class Training:
         """Tensors and plain data, from which `load_state_dict` goes on bit for bit."""
         return {"network": self.method.network.state_dict(), "method": self.method.state_dict(), "optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict(),
                 "ema": self.ema.module.state_dict() if self.ema else None, "rows": self.rows,
-                "sums": {name: distributed.mean(value.clone()) for name, value in self.sums.items()}, "position": self.position}
+                "sums": {name: distributed.mean(value.clone()) for name, value in self.sums.items()},
+                "counts": self.counts, "position": self.position}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Raises UserError where the state is of another model."""
@@ -196,7 +200,7 @@ class Training:
             self.scaler.load_state_dict(state["scaler"])
             if self.ema:
                 self.ema.module.load_state_dict(state["ema"])
-            self.rows, self.position = state["rows"], state["position"]
+            self.rows, self.counts, self.position = state["rows"], state["counts"], state["position"]
             self.sums = {name: tensor.to(self.device) for name, tensor in state["sums"].items()}
         except (RuntimeError, ValueError, KeyError) as error:
             raise UserError(f"the checkpoint does not fit this model ({why(error)}); start a new run") from error
@@ -237,7 +241,7 @@ def fit(method: Any, train: DataLoader, val: DataLoader, recipe: Recipe, watcher
     training = Training(method, recipe, len(train), classes, teacher)
     if state is not None:
         training.load_state_dict(state)
-    batches = first_batches(train)
+    batches = first_images(train, recipe.batch_size)
     for epoch in range(len(training.rows), recipe.epochs):
         started, before = time.perf_counter(), training.position
         for network in networks(method).values():
@@ -260,7 +264,7 @@ def fit(method: Any, train: DataLoader, val: DataLoader, recipe: Recipe, watcher
         row |= {f"loss_{name}": value for name, value in training.losses().items()}
         row |= training.evaluate(batches, val)
         training.rows.append(row)
-        training.sums, training.position = {}, 0
+        training.sums, training.counts, training.position = {}, {}, 0
         watcher.epoch(row, time.perf_counter() - started)
         save(training.state_dict())
     last = training.rows[-1]
@@ -290,22 +294,21 @@ def evaluate(networks: dict[str, nn.Module], batches: list[torch.Tensor], val: D
     return accuracy
 
 
-def first_batches(loader: DataLoader) -> list[torch.Tensor]:
-    """Images (N, C, H, W) of the first batches of the training: enough to re-estimate batch-norm statistics on."""
-    batches = []
+def first_images(loader: DataLoader, batch_size: int) -> list[torch.Tensor]:
+    """Images (N, C, H, W) of the first batches of the training, some 1,024 of each process's share: enough to re-estimate batch-norm statistics on."""
+    return [images for images, _ in first_batches(loader, RESTATE_IMAGES * distributed.WORLD // batch_size)]
+
+
+def first_batches(loader: DataLoader, count: int) -> Iterator[Batch]:
+    """The first batches of the training, one at least; as many in every process."""
     loader.set_epoch(0)
-    for images, _ in loader:
-        batches.append(images)
-        if len(batches) * len(images) >= RESTATE_IMAGES:
-            break
-    return batches
+    return islice(loader, max(1, count))
 
 
 def try_step(method: Any, loader: DataLoader, recipe: Recipe, classes: int, teacher: nn.Module | None = None) -> None:
     """Runs one batch forward and backward, and changes no weight."""
     training = Training(method, recipe, len(loader), classes, teacher)
-    loader.set_epoch(0)
-    images, targets = next(iter(loader))
+    images, targets = next(first_batches(loader, 1))
     method.start_step(0.0)
     for network in networks(method).values():
         network.train()

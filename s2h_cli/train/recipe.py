@@ -88,10 +88,21 @@ def make_scheduler(optimizer: torch.optim.Optimizer, recipe: Recipe, updates: in
 
 
 def make_mixup(recipe: Recipe, classes: int) -> Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]] | None:
-    """Mixes images (N, C, H, W) in pairs and turns their classes (N,) into shares (N, classes); None where the recipe asks for none."""
+    """Mixes images (N, C, H, W) in pairs and turns their classes (N,) into shares (N, classes); None where the recipe asks for none.
+
+    Where N is odd, since an image cannot be read or the whole set is smaller than a batch, the last image has no partner and is left out.
+    """
     if not (recipe.mixup or recipe.cutmix):
         return None
-    return Mixup(mixup_alpha=recipe.mixup, cutmix_alpha=recipe.cutmix, label_smoothing=recipe.smoothing, num_classes=classes)
+    mixup = Mixup(mixup_alpha=recipe.mixup, cutmix_alpha=recipe.cutmix, label_smoothing=recipe.smoothing, num_classes=classes)
+
+    def mix(images: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        pairs = len(images) // 2
+        if pairs == 0:
+            raise UserError("--mixup and --cutmix mix pairs of images, and a batch holds one; raise --batch-size, or leave them away")
+        return mixup(images[:2 * pairs], targets[:2 * pairs])
+
+    return mix
 
 
 def make_criterion(recipe: Recipe) -> nn.Module:
