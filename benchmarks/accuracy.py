@@ -15,7 +15,7 @@ Cost is in units: one forward and backward of the whole network over the trainin
 `soft` is the accuracy of the soft network, or of STP's whole one, and `gap`, `js` and `l2` what lies between it and the hard one at that
 time: for S2H just before the two become one, for others the end of the run. The rows of Torch-Pruning need `pip install torch-pruning`.
 
-Rows of one seed see the same augmented images in the same order. These, and what the teacher says of them, are kept in memory (2 GB) for
+Rows of one seed see the same augmented images in the same order. These, and what the teacher says of them, are kept in memory (2 to 4 GB) for
 the rows that follow. So loading is not in the seconds; the teacher's passes are, with the time that they took.
 """
 

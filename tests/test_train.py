@@ -25,6 +25,7 @@ from s2h_cli.train import checkpoint, loop
 
 RESULTS = ("model.safetensors", "plan.json", "summary.csv", "widths.csv")
 PLAIN = ["prune", "net.py:plain", *PRUNE[2:]]
+DEEP = ["prune", "net.py:deep", *PRUNE[2:]]
 CAREFUL = ["--ema", "0.9", "--mixup", "0.2", "--aa", "rand-m5", "--clip-grad", "1", "--grad-accum-steps", "2", "--batch-size", "8"]
 
 
@@ -151,10 +152,12 @@ def torchrun(processes, *args, **env):
     return subprocess.run(command, capture_output=True, text=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1", **env})
 
 
-@pytest.mark.parametrize("processes, method", [(2, "s2h"), (4, "s2h"), (2, "stp"), (2, "magnitude")])
-def test_more_processes_train_the_same_network(here, processes, method):
-    """STP drops the block of this network in some of the steps."""
-    options = [*PLAIN, "--epochs", "7", "--opt", "sgd", "--lr", "0.01", "--method", method]  # 21 steps
+@pytest.mark.parametrize("processes, options", [
+    (2, PLAIN), (4, PLAIN), (2, [*PLAIN, "--method", "magnitude"]),
+    (2, [*DEEP, "--method", "stp", "--seed", "3"]), (2, [*DEEP, "--method", "stp", "--seed", "0"]),
+], ids=["2", "4", "magnitude", "stp: the larger subnetwork lacks a block", "stp: the best one does"])
+def test_more_processes_train_the_same_network(here, processes, options):
+    options = [*options, "--epochs", "7", "--opt", "sgd", "--lr", "0.01"]  # 21 steps
     assert s2h(*options, "-o", "alone") == 0
     done = torchrun(processes, *options, "-o", "together")
     assert done.returncode == 0, done.stderr
