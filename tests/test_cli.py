@@ -108,7 +108,7 @@ def test_interrupting_keeps_the_checkpoint_and_says_how_to_go_on(here):
     while not (here / "out" / "checkpoints" / "last").exists() and time.time() < deadline:
         time.sleep(0.1)
     process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=60)
+    _, err = process.communicate(timeout=120)
     assert process.returncode == 2
     assert err.startswith("error: stopped") and "--resume" in err and len(err.strip().splitlines()) == 1
     assert (here / "out" / "checkpoints" / "last").exists()
@@ -267,7 +267,7 @@ def test_every_method_trains_through_the_same_command(here, method):
     macs = json.loads((here / "out" / "plan.json").read_text())["macs"]
     assert macs["ratio"] == 1 if method == "dense" else 0.2 < macs["ratio"] <= 0.4
     ratios = [float(row["ratio"]) for row in csv.DictReader(open(here / "out" / "summary.csv"))]
-    assert ratios[-1] == pytest.approx(macs["ratio"], rel=1e-5) and (ratios[0] > 0.4) == (method in ("dense", "magnitude", "dmp", "epsd"))
+    assert ratios[-1] == pytest.approx(macs["ratio"], rel=1e-5) and (ratios[0] > 0.4) == (method in ("dense", "magnitude", "epsd"))
 
 
 def test_a_dense_run_is_where_a_pruning_run_starts(here):
