@@ -54,7 +54,8 @@ def prune(config: Config, console: Console, *, resume: bool = False, dry_run: bo
         UserError: whatever the user can mend.
     """
     started = distributed.recall("folder")
-    if resume or started:
+    resume = resume or started is not None
+    if resume:
         folder = Path(started) if started else old_folder(config)
         config = resumed(config, folder)
     check_settings(config)
@@ -62,17 +63,17 @@ def prune(config: Config, console: Console, *, resume: bool = False, dry_run: bo
     if config.sync_bn and distributed.WORLD > 1 and device.type == "cpu":
         raise UserError("--sync-bn needs GPUs: torch has no such batch norm for CPUs; leave it away")
     distributed.join(device)
-    if not (resume or started):
+    if not resume:
         folder = Path(distributed.from_first(str(new_folder(config) if distributed.RANK == 0 else "")))
     last = folder / "checkpoints" / "last"
-    state = checkpoint.load(last) if (resume or started) and last.exists() else None
+    state = checkpoint.load(last) if resume and last.exists() else None
     job = prepare(config, device, console, resuming=state is not None)
     if dry_run:
         if config.epochs:
             try_step(job.method, job.train, config, len(job.classes), job.teacher)
         console.print(f"dry run: the budget can be met, a step works, nothing was written. To train:\n  {config.command()}", soft_wrap=True)
         return []
-    if distributed.RANK == 0 and not (resume or started):
+    if distributed.RANK == 0 and not resume:
         write(config, folder)
         distributed.remember("folder", str(folder))
     config.output = str(folder)

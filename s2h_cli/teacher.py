@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
+
 import torch
 from torch import nn
 from torch.utils.data import DataLoader

@@ -108,7 +108,7 @@ def test_interrupting_keeps_the_checkpoint_and_says_how_to_go_on(here):
     while not (here / "out" / "checkpoints" / "last").exists() and time.time() < deadline:
         time.sleep(0.1)
     process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=120)
+    _, err = process.communicate(timeout=60)
     assert process.returncode == 2
     assert err.startswith("error: stopped") and "--resume" in err and len(err.strip().splitlines()) == 1
     assert (here / "out" / "checkpoints" / "last").exists()
