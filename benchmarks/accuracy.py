@@ -99,6 +99,7 @@ ABLATIONS = {
     "s2h, u without step 2": Row(settings={"hears": ("task", "hard")}),
     "s2h, u by R alone": Row(settings={"hears": ()}),
     "s2h, hard network not trained": Row(settings={"teaches": False}),
+    "dmp, cut halfway": Row(settings={"hears": ("task",), "teaches": False, "ramp": 0.4, "freeze": 0.5, "merge": 0.5}),
     "s2h, masks to the end": Row(settings={"freeze": 1.0, "merge": math.inf}),
     "s2h, never merged": Row(settings={"merge": math.inf}),
     "s2h, merged at the freeze": Row(settings={"merge": 0.0}),

@@ -172,8 +172,8 @@ def pick_teacher(config: Config, source: Source, network: nn.Module, loader: Dat
                  resuming: bool) -> nn.Module | None:
     """The network of `--teacher`. Where a new run asks for none it is the start, if that is trained and knows the classes; `config` and the
     source's notes say so then."""
-    trained = source.pretrained and not source.new_head and config.epochs and config.method != "dense"
-    if config.teacher is None and trained and not resuming:
+    learns = config.epochs and config.method != "dense"
+    if config.teacher is None and source.may_know and learns and not resuming:
         own = start(network)
         with data.naming_images(loader):
             known = knows(own, loader, config.batch_size, len(classes), device)
@@ -187,7 +187,7 @@ def pick_teacher(config: Config, source: Source, network: nn.Module, loader: Dat
         return None
     if config.teacher != START:
         return load_teacher(config.teacher, source, classes, device)
-    if source.new_head or not (source.pretrained or ".py" in source.spec):
+    if not source.may_know:
         raise UserError(f"--teacher {START}: the network that this run starts from has no trained weights for these classes; give it --weights, or "
                         f"--teacher {NO_ONE}")
     return start(network)

@@ -25,6 +25,7 @@ from torch import nn
 from .errors import UserError, why
 
 TORCHVISION = "torchvision:"
+OWN = re.compile(r"\.py(:|$)")  # in the spec of a model that the user's own code builds
 AUX_HEADS = ("aux1", "aux2", "AuxLogits")  # training-only heads of googlenet and inception_v3
 PROBE_SECONDS = 10  # how long the server of the weights may take to answer
 STALL_SECONDS = 30  # a download that brings no byte for so long has failed
@@ -67,6 +68,11 @@ class Source:
         """Whether the head was made anew, for other classes than the weights know."""
         return any(note.startswith(NEW_HEAD) for note in self.notes)
 
+    @property
+    def may_know(self) -> bool:
+        """Whether it can be trained for its classes: it has loaded weights, or those that its own code left, and its own head."""
+        return not self.new_head and (self.pretrained or OWN.search(self.spec) is not None)
+
 
 def load_source(
     spec: str,
@@ -100,7 +106,7 @@ def load_source(
     """
     wanted = pretrained and weights is None
     download = wanted and fetch
-    own = re.search(r"\.py(:|$)", spec) is not None
+    own = OWN.search(spec) is not None
     rates = {name: rate for name, rate in (("drop_rate", drop), ("drop_path_rate", drop_path)) if rate is not None}
     if rates and (own or spec.startswith(TORCHVISION)):
         raise UserError(f"--drop and --drop-path are for timm's models; set the rates of '{spec}' where it is built")

@@ -65,11 +65,9 @@ def load_teacher(spec: str, pupil: Source, classes: list[str], device: torch.dev
     else:
         if path.suffix in WEIGHTS:
             source = load_source(pupil.spec, num_classes=len(classes), weights=path, img_size=pupil.input_size[1])
-            own = not source.new_head
         else:
             source = load_source(spec, img_size=pupil.input_size[1])
-            own = source.pretrained or ".py" in spec
-        if not own:
+        if not source.may_know:
             raise UserError(f"the teacher '{spec}' has no trained weights for these classes; give a file of weights, or a run's folder")
         network, mean, std = source.module, source.mean, source.std
     try:
