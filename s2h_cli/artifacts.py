@@ -510,12 +510,24 @@ def _run_torchscript(file: Path) -> Run:
     return torch.jit.load(str(file), map_location="cpu").eval()
 
 
-def _run_onnx(file: Path) -> Run:
+def onnx_session(file: Path, threads: int = 0, cuda: bool = False) -> Any:
+    """An ONNX Runtime session, on a GPU or on so many threads of the CPU (0: on all).
+
+    Raises:
+        UserError: a GPU is asked for, and this ONNX Runtime has none.
+    """
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
-    session = onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
+    options.intra_op_num_threads = threads
+    if cuda and "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
+        raise UserError("this onnxruntime is for CPUs; install onnxruntime-gpu")
+    return onnxruntime.InferenceSession(str(file), options, providers=["CUDAExecutionProvider" if cuda else "CPUExecutionProvider"])
+
+
+def _run_onnx(file: Path) -> Run:
+    session = onnx_session(file)
     name = session.get_inputs()[0].name
     return lambda images: torch.from_numpy(session.run(None, {name: images.numpy()})[0])
 
@@ -579,7 +591,7 @@ def export(small: fx.GraphModule | Program, path: str | os.PathLike, format: str
     program = small if isinstance(small, Program) else Program(small)
     with writing(file.parent) as aside:
         try:
-            with _quiet(), torch.no_grad():
+            with quiet(), torch.no_grad():
                 chosen.write(program, aside / file.name, json.dumps(metadata or {}))
         except Exception as error:  # exporters raise whatever they like; what they wrap says more
             cause: BaseException = error
@@ -589,29 +601,42 @@ def export(small: fx.GraphModule | Program, path: str | os.PathLike, format: str
     return file
 
 
-def run_artifact(path: str | os.PathLike) -> Run:
-    """A function from images (N, C, H, W), float32 on the CPU, to logits (N, classes), for a run folder or an exported file.
+def format_of(path: str | os.PathLike) -> str | None:
+    """The key of `EXPORTS` that a file's name says it is, if any."""
+    return next((name for name, f in EXPORTS.items() if Path(f.file).suffix == Path(path).suffix.lower()), None)
+
+
+def load_artifact(path: str | os.PathLike) -> Run:
+    """What runs a run folder or an exported file; a module, but for ONNX.
 
     Raises:
         UserError: there is no such file, its ending is unknown, or it cannot be loaded.
     """
     path = Path(path)
     if path.is_dir():
-        run: Run = load(path)
-    else:
-        reader = next((f.run for f in EXPORTS.values() if Path(f.file).suffix == path.suffix.lower()), None)
-        if reader is None:
-            endings = ", ".join(Path(f.file).suffix for f in EXPORTS.values())
-            raise UserError(f"{path}: not an artifact; give a run folder or a file that ends in {endings}")
-        if not path.is_file():
-            raise UserError(f"{path}: no such file")
-        try:
-            with _quiet():
-                run = reader(path)
-        except ImportError as error:
-            raise UserError(f"{path}: running it needs the package {error.name}; install it with pip") from error
-        except Exception as error:  # loaders raise whatever they like
-            raise UserError(f"{path}: cannot be loaded: {why(error)}") from error
+        return load(path)
+    format = format_of(path)
+    if format is None:
+        endings = ", ".join(Path(f.file).suffix for f in EXPORTS.values())
+        raise UserError(f"{path}: not an artifact; give a run folder or a file that ends in {endings}")
+    if not path.is_file():
+        raise UserError(f"{path}: no such file")
+    try:
+        with quiet():
+            return EXPORTS[format].run(path)
+    except ImportError as error:
+        raise UserError(f"{path}: running it needs the package {error.name}; install it with pip") from error
+    except Exception as error:  # loaders raise whatever they like
+        raise UserError(f"{path}: cannot be loaded: {why(error)}") from error
+
+
+def run_artifact(path: str | os.PathLike) -> Run:
+    """A function from images (N, C, H, W), float32 on the CPU, to logits (N, classes), for a run folder or an exported file.
+
+    Raises:
+        UserError: as of `load_artifact`.
+    """
+    run = load_artifact(path)
     return torch.no_grad()(lambda images: run(images))
 
 
@@ -707,7 +732,7 @@ def _environment(name: str, value: str) -> Iterator[None]:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Keeps the exporters' prints, warnings and log lines from the user's terminal."""
     level = logging.root.manager.disable
     logging.disable(logging.CRITICAL)

@@ -165,6 +165,51 @@ def recipes(name: Annotated[Optional[str], typer.Argument(metavar="[NAME]", help
         fail(f"no recipe '{name}'; there are {', '.join(found)}")
 
 
+@app.command(epilog="Example: s2h report runs/resnet18-f0.35")
+def report(
+    folders: Annotated[list[Path], typer.Argument(metavar="RUN", help="Folders of runs.")],
+    output: Annotated[Optional[Path], typer.Option("-o", "--output", metavar="FILE", help="The page. [default: report.html in RUN; of several runs here]",
+                                                   show_default=False)] = None,
+) -> None:
+    """Write a page that shows what happened in RUN, or how several runs compare: one file, for any browser."""
+    from .report import page
+
+    several = Path(page.FILE) if len(folders) > 1 else None
+    print(page.write_report(*folders, file=output or several))
+
+
+@app.command(epilog="Example: s2h bench runs/resnet18-f0.35")
+def bench(
+    items: Annotated[list[str], typer.Argument(metavar="RUN | MODEL | FILE", help="Folders of runs, each timed against what it was cut from; models as for "
+                                               "prune; files model.onnx, model.ts or model.pt2.")],
+    format: Annotated[Optional[str], typer.Option(help="eager, compile, torchscript, onnx or openvino; several with commas. [default: all that "
+                                                  "are installed]", show_default=False)] = None,
+    batch: Annotated[str, typer.Option(metavar="N[,N]", help="Images in a batch.")] = "1,32",
+    img_size: Annotated[Optional[int], typer.Option(min=1, help="Side of the input in pixels, of a MODEL.")] = None,
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1; auto takes a GPU where there is one.")] = "auto",
+    threads: Annotated[Optional[int], typer.Option(min=1, help="Threads on a CPU. [default: torch's, one a core]", show_default=False)] = None,
+    seconds: Annotated[float, typer.Option(min=0.1, help="How long to time each format at each batch.")] = 2.0,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the figures as JSON.")] = False,
+) -> None:
+    """Measure how long results and models take on this machine, in turn, so that noise hits all alike."""
+    from . import bench, latency
+    from .report import tables
+
+    batches = sorted({int(n) for n in batch.split(",") if n.strip().isdigit() and int(n) > 0})
+    if len(batches) < len(batch.split(",")):
+        fail(f"--batch {batch} is no number of images; give one, such as 1, or several, such as 1,32")
+    formats = format.split(",") if format else latency.installed()
+    with tables.console(stderr=True).status("loading") as status:
+        found = bench.bench(items, formats=formats, batches=batches, img_size=img_size, device=device, threads=threads, seconds=seconds,
+                            told=lambda what: status.update(f"timing {what}"))
+    if as_json:
+        print(json.dumps(found, indent=1))
+    else:
+        tables.console().print(tables.latencies(found))
+    if failed := [row for row in found["rows"] if "failed" in row]:
+        fail("; ".join(dict.fromkeys(f"{row['network']} in {row['format']}: {row['failed']}" for row in failed)))
+
+
 @app.command("eval", epilog="Example: s2h eval runs/resnet18-f0.35/model.onnx --data digits")
 def evaluate(
     artifact: Annotated[Path, typer.Argument(metavar="RUN | FILE", help="The folder of a run, or its model.onnx, model.ts or model.pt2.")],

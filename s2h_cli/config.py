@@ -147,6 +147,15 @@ def write(config: Config, folder: Path) -> None:
         (aside / "args.yaml").write_text(yaml.safe_dump(asdict(config), sort_keys=False))
 
 
+def earlier(path: Path) -> Config:
+    """The settings in an `args.yaml`.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    return configure(_read(path, Config))
+
+
 def resumed(config: Config, folder: Path) -> Config:
     """The settings a run was started with, checked against what is asked for now.
 
@@ -156,7 +165,7 @@ def resumed(config: Config, folder: Path) -> Config:
     path = folder / "args.yaml"
     if not path.is_file():
         raise UserError(f"nothing to resume: no args.yaml in '{folder}'; leave --resume away or name the run's folder with -o")
-    saved = configure(_read(path, Config))
+    saved = earlier(path)
     for name in ("model", "data", "flops", "method"):
         if getattr(saved, name) != getattr(config, name):
             raise UserError(f"cannot resume: '{folder}' was started with {name} {getattr(saved, name)}, "

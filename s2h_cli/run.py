@@ -14,9 +14,10 @@ from rich.console import Console
 from torch import nn
 from torch.utils.data import DataLoader
 
-from . import artifacts, data, distributed
+from . import artifacts, bench, data, distributed
 from .config import Config, resumed, write
 from .cost import count_macs
+from .device import pick_device
 from .errors import UserError
 from .files import writing
 from .graph import capture, to_device
@@ -25,6 +26,7 @@ from .methods import FROM_TRAINED, METHODS
 from .methods.oneshot import OneShot
 from .methods.several import Several
 from .plan import Plan, Space
+from .report import page
 from .report.curves import Curves, check_log, start_log
 from .report.facts import describe
 from .report.progress import TrainingDisplay, Watchers
@@ -82,7 +84,7 @@ def prune(config: Config, console: Console, *, resume: bool = False, dry_run: bo
         distributed.leave()
         if distributed.RANK > 0:
             return []
-        return [finish(config.model, budget, folder_of(folder, ending), ending, job, row, console)
+        return [finish(config, budget, folder_of(folder, ending), ending, job, row, console)
                 for budget, ending in zip(config.budgets, job.method.parts)]
     except KeyboardInterrupt:
         kept = "the last checkpoint is kept" if last.exists() else "no epoch was finished"
@@ -238,22 +240,22 @@ def folder_of(folder: Path, ending: str) -> Path:
     return folder / f"f{ending[1:]}" if ending else folder
 
 
-def finish(model: str, budget: float, folder: Path, ending: str, job: Job, row: dict[str, Any], console: Console) -> dict[str, Any]:
-    """Writes and verifies every artifact of a trained part of a method: that of this ending of its columns in the last row."""
+def finish(config: Config, budget: float, folder: Path, ending: str, job: Job, row: dict[str, Any], console: Console) -> dict[str, Any]:
+    """Writes, verifies and measures every artifact of a trained part of a method: that of this ending of its columns in the last row."""
     part, input_size = job.method.parts[ending], job.preprocessing["input_size"]
     val = data.make_loader(job.splits.val, train=False, **job.loading)
     small = to_device(part.result(), "cpu").eval()
-    facts = describe(part.plan, model, input_size, budget)
+    facts = describe(part.plan, config.model, input_size, budget)
     counted = sum(count_macs(small, input_size).values())
     if counted != facts["macs"]["pruned"] or facts["macs"]["ratio"] > budget:
         raise RuntimeError(f"the plan says {facts['macs']}, fvcore counts {counted}: please report this")
-    metadata = {**job.preprocessing, "classes": job.classes}
+    plan = {**facts, "kept_indices": part.plan.by_group(), "data": {**job.preprocessing, "classes": job.classes}}
     with console.status("writing and checking artifacts"):
-        artifacts.save(folder, small, {**facts, "kept_indices": part.plan.by_group(), "data": metadata})
+        artifacts.save(folder, small, plan)
         failed, program = [], artifacts.Program(small)
         for name in artifacts.EXPORTS:  # one format that fails must not cost the others
             try:
-                artifacts.export(program, folder, name, metadata=metadata)
+                artifacts.export(program, folder, name, metadata=plan["data"])
             except UserError as error:
                 failed.append(str(error))
         differences = artifacts.verify(small, folder, input_size)
@@ -261,11 +263,17 @@ def finish(model: str, budget: float, folder: Path, ending: str, job: Job, row: 
         checked = next((name for name in ("model.onnx", "model.ts", "model.pt2") if name in differences), "")
         with data.naming_images(val):
             exported = top1(artifacts.run_artifact(folder / checked), val, "cpu")
-    accuracy = {name.removeprefix("top1_").removesuffix(ending): value for name, value in row.items()
-                if name.startswith("top1_") and name.endswith(ending)}
-    before = sum(t.numel() * t.element_size() for t in part.network.state_dict().values())
-    return {"folder": folder, "facts": facts, "differences": differences, "failed": failed, "top1": {**accuracy, "exported": exported},
-            "checked": checked, "bytes": [before, (folder / "model.safetensors").stat().st_size]}
+            # The start's accuracy, where it is one of these classes.
+            start = {"start": top1(job.teacher, val, job.device)} if config.teacher == START else {}
+        trained = {name.removeprefix("top1_").removesuffix(ending): value for name, value in row.items()
+                   if name.startswith("top1_") and name.endswith(ending)}
+        results = {"top1": {**start, **trained, "exported": exported}, "checked": checked, "differences": differences,
+                   "bytes_before": sum(t.numel() * t.element_size() for t in part.network.state_dict().values())}
+        artifacts.save(folder, small, {**plan, "results": results})
+        timed = bench.pair(config.model, part.network, str(folder), small, facts["macs"]["ratio"], job.device)
+        bench.keep(folder, timed)
+        page.write_report(folder)
+    return {"folder": folder, "facts": facts, "failed": failed, "latency": timed, **results, "bytes_after": (folder / "model.safetensors").stat().st_size}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -327,27 +335,6 @@ def evaluate(artifact: Path, spec: str, *, batch_size: int, workers: int, val_fr
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Small decisions
-
-
-def pick_device(name: str) -> torch.device:
-    """The device of `--device`; `auto` takes a GPU where there is one.
-
-    Raises:
-        UserError: this machine has no such device.
-    """
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name == "cuda" and distributed.WORLD > 1:
-        name = f"cuda:{distributed.LOCAL_RANK}"
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise UserError(f"--device {name} is no device; give cpu, cuda, cuda:1 or auto") from None
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise UserError(f"--device {name}: this machine has {torch.cuda.device_count()} usable GPUs; use --device cpu")
-    if device.type not in ("cpu", "cuda"):
-        raise UserError(f"--device {name} is not supported; give cpu, cuda, cuda:1 or auto")
-    return device
 
 
 def new_folder(config: Config) -> Path:

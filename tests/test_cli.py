@@ -30,8 +30,8 @@ def test_a_run_writes_all_it_promises(here, capsys):
     out = capsys.readouterr().out
     run = here / "runs" / "net-f0.4"
     assert sorted(p.name for p in run.iterdir()) == [
-        "args.yaml", "checkpoints", "model.onnx", "model.pt2", "model.safetensors", "model.ts", "plan.json", "summary.csv",
-        "tensorboard", "widths.csv"]
+        "args.yaml", "bench.json", "checkpoints", "gates.csv", "model.onnx", "model.pt2", "model.safetensors", "model.ts", "plan.json", "report.html",
+        "summary.csv", "tensorboard", "widths.csv"]
     assert [p.name for p in (run / "checkpoints").iterdir()] == ["last"]
     rows = list(csv.DictReader((run / "summary.csv").open()))
     assert [row["epoch"] for row in rows] == ["1", "2", "3", "4"]

@@ -1,4 +1,4 @@
-"""TensorBoard curves, and `widths.csv`: the width of each group after each epoch."""
+"""TensorBoard curves, and two tables of a line an epoch: `widths.csv`, the width of each group, and `gates.csv`, how the gates are distributed."""
 
 from __future__ import annotations
 
@@ -17,6 +17,9 @@ from ..errors import UserError
 from ..files import writing
 
 LOGS = ("wandb",)
+WIDTHS, GATES = "widths.csv", "gates.csv"
+#: Equal parts of 0 to 1 in which `gates.csv` counts.
+BINS = 20
 
 
 class Curves:
@@ -32,11 +35,7 @@ class Curves:
 
     def __init__(self, folder: Path, part: Any, steps: int, done: int = 0, ending: str = ""):
         self.folder, self.part, self.steps, self.done, self.ending = folder, part, steps, done, ending
-        self.widths: list[list[float]] = []
-        path = folder / "widths.csv"
-        if done and path.exists():
-            with open(path, newline="") as file:
-                self.widths = [[float(share) for share in row[1:]] for row in list(csv.reader(file))[1:done + 1]]
+        self.widths, self.gates = (read_table(folder / name)[1][:done] for name in (WIDTHS, GATES))
 
     def __enter__(self) -> "Curves":
         self.writer = SummaryWriter(str(self.folder / "tensorboard"), purge_step=self.done * self.steps + 1 if self.done else None)
@@ -62,15 +61,33 @@ class Curves:
         groups = self.part.plan.space.groups
         shares = self.part.expected_widths() / np.array([group.size for group in groups])
         self.widths.append(shares.tolist())
-        self.writer.add_histogram("gates", self.part.gates_now().detach().float().cpu(), at)
+        gates = self.part.gates_now().detach().float().cpu()
+        self.gates.append(torch.histc(gates, BINS, 0, 1).tolist())
+        self.writer.add_histogram("gates", gates, at)
         # One row a group, in the order of the network, one column an epoch; white is whole.
         image = torch.tensor(self.widths, dtype=torch.float32).T[None]
         self.writer.add_image("width of each group over the epochs", image.repeat_interleave(8, 1).repeat_interleave(8, 2), at)
         self.writer.flush()
-        with writing(self.folder) as aside, open(aside / "widths.csv", "w", newline="") as file:
-            table = csv.writer(file)
-            table.writerow(["epoch", *(group.name for group in groups)])
-            table.writerows([i, *(f"{share:.4f}" for share in row)] for i, row in enumerate(self.widths, 1))
+        with writing(self.folder) as aside:
+            write_table(aside / WIDTHS, [group.name for group in groups], self.widths)
+            write_table(aside / GATES, [f"{i / BINS:.2f} to {(i + 1) / BINS:.2f}" for i in range(BINS)], self.gates)
+
+
+def write_table(path: Path, columns: list[str], rows: list[list[float]]) -> None:
+    """One row an epoch, from 1."""
+    with open(path, "w", newline="") as file:
+        table = csv.writer(file)
+        table.writerow(["epoch", *columns])
+        table.writerows([i, *(f"{value:.4g}" for value in row)] for i, row in enumerate(rows, 1))
+
+
+def read_table(path: Path) -> tuple[list[str], list[list[float]]]:
+    """Columns and rows of `write_table`; nothing where there is no such file."""
+    if not path.exists():
+        return [], []
+    with open(path, newline="") as file:
+        columns, *rows = csv.reader(file)
+    return columns[1:], [[float(value) for value in row[1:]] for row in rows]
 
 
 def check_log(name: str | None) -> None:

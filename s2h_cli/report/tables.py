@@ -9,9 +9,12 @@ from rich.table import Table
 from rich.text import Text
 
 from .. import CONVENTION
+from ..bench import shares
 from ..zoo import Known, passes
 
 BAR = 10
+#: Spread of a time, as a share of it, beyond which it is said to be unreliable.
+RELIABLE = 0.2
 
 
 def quantity(n: float) -> str:
@@ -114,19 +117,56 @@ def models(found: list[Known], versions: dict[str, str]) -> Table:
     return table
 
 
+def latencies(found: dict[str, Any]) -> Group:
+    """What `s2h bench` shows: a line for each format, batch and network, then where the time went and why it fell by less than the MACs."""
+    table = _table(f"On {found['place']}", "format", ">batch", "*network", ">ms", ">spread", ">images/s", ">time")
+    of_pair = {pair["after"]: pair for pair in found["pairs"]}
+    for row in found["rows"]:
+        if "failed" in row:
+            table.add_row(row["format"], str(row["batch"]), row["network"], "", "", "", "failed")
+            continue
+        timing, pair = row["timing"], of_pair.get(row["network"])
+        share = shares(pair, found["rows"]).get((row["format"], row["batch"])) if pair else None
+        table.add_row(row["format"], str(row["batch"]), row["network"], f"{timing['median'] * 1e3:.3g}",
+                      f"±{(timing['high'] - timing['low']) / 2 / timing['median']:.1%}", f"{row['batch'] / timing['median']:.0f}",
+                      "" if share is None else f"{share:.2f}")
+    table.caption = "ms: median of a batch; spread: half the distance of the quartiles; time: share of the whole network's"
+    if any((timing["high"] - timing["low"]) / 2 > RELIABLE * timing["median"] for row in found["rows"] if (timing := row.get("timing"))):
+        table.caption += "\nThe spread is large: something else uses this machine. Run it again when it is quiet."
+    table.caption_justify = "left"
+    parts: list[Any] = [table]
+    for pair in found["pairs"]:
+        time = shares(pair, found["rows"]).values()
+        if not time:
+            continue
+        span = f"{min(time):.2f}" if max(time) - min(time) < 0.005 else f"{min(time):.2f} to {max(time):.2f}"
+        parts.append(Text(f"\n{pair['after']}: {pair['macs']:.2f} of the MACs, {span} of the time of {pair['before']}"))
+        kinds = _table(f"Where a batch of {max(row['batch'] for row in found['rows'])} spends it, in eager mode", "", ">ms before", ">ms after", ">share")
+        for kind, (before, after) in pair["kinds"].items():
+            kinds.add_row(kind, f"{before * 1e3:.3g}", f"{after * 1e3:.3g}", f"{after / before:.2f}" if before else "")
+        parts += [kinds, *(Text(reason) for reason in pair["reasons"])]
+    return Group(*parts)
+
+
 def closing(result: dict[str, Any]) -> Table:
     """The table a run ends with. `result` is the one that `run.prune` returns."""
     facts = result["facts"]
     macs, params = facts["macs"], facts["params"]
     table = _table("Result", "", ">before", ">after", "*")
     rows = {"ema": ("hard, averaged", "exported where it is better"), "exported": ("exported", result["checked"])}
+    start = result["top1"].get("start")
     for kind, accuracy in result["top1"].items():
         name, remark = rows.get(kind, (f"{kind} network", ""))
-        table.add_row(f"top-1 %, {name}", "", _percent(accuracy), remark)
+        if kind != "start":
+            table.add_row(f"top-1 %, {name}", _percent(start) if kind == "hard" else "", _percent(accuracy), remark)
     table.add_row("MACs", quantity(macs["full"]), quantity(macs["pruned"]), f"ratio {macs['ratio']:.4f}, target {macs['target']:g}")
     table.add_row("parameters", quantity(params["full"]), quantity(params["pruned"]), f"ratio {params['ratio']:.4f}")
-    before, after = result["bytes"]
-    table.add_row("model.safetensors", f"{before / 1e6:.2f} MB", f"{after / 1e6:.2f} MB", "")
+    table.add_row("model.safetensors", f"{result['bytes_before'] / 1e6:.2f} MB", f"{result['bytes_after'] / 1e6:.2f} MB", "")
+    timed = {row["network"]: row["timing"]["median"] for row in result["latency"]["rows"] if "timing" in row}
+    pair = result["latency"]["pairs"][0]
+    if len(timed) == 2:
+        before, after = timed[pair["before"]], timed[pair["after"]]
+        table.add_row("latency, 1 image", f"{before * 1e3:.3g} ms", f"{after * 1e3:.3g} ms", f"{after / before:.2f} of the time; s2h bench says more")
     for name, difference in result["differences"].items():
         table.add_row(name, "", f"{difference:.1e}", "largest difference, relative")
     table.caption = f"({CONVENTION})"

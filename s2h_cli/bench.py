@@ -1,0 +1,142 @@
+"""The job behind `s2h bench`: networks timed against each other, and why time did not fall where MACs did."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, Callable
+
+import torch
+from torch import fx, nn
+
+from . import artifacts, latency
+from .device import pick_device
+from .errors import UserError
+from .files import writing
+from .graph import capture
+from .source import load_source
+
+FILE = "bench.json"
+#: Kinds of operators (`latency.KINDS`) that memory bounds, not arithmetic: they have few MACs for each byte that they move.
+MEMORY_BOUND = ("depthwise convolutions", "norms", "the rest, element by element")
+#: How much larger than the share of the MACs the share of the time may be before it is explained.
+SLACK = 0.05
+#: Channels that the kernels of CPUs and GPUs like to work on at once.
+LIKED = 16
+
+
+def bench(items: list[str], *, formats: list[str], batches: list[int], img_size: int | None, device: str, threads: int | None, seconds: float,
+          told: Callable[[str], None]) -> dict[str, Any]:
+    """Times run folders (and what they were cut from), models and exported files against each other (see `latency.compare`). What is found
+    of a run is kept in its folder.
+
+    Returns:
+        {place, rows, pairs}, as plain data; each pair is {before, after, macs, kinds, reasons}: names of networks, the share of the MACs,
+        the seconds that a batch of the largest size spends in each kind of operator (`latency.by_kind`) before and after, and sentences.
+
+    Raises:
+        UserError: an item cannot be loaded, or there is no such format.
+    """
+    unknown = [name for name in formats if name not in latency.FORMATS]
+    if unknown:
+        raise UserError(f"no --format {unknown[0]}; choose from {', '.join(latency.FORMATS)}")
+    where, threads = pick_device(device), threads or torch.get_num_threads()
+    subjects, pairs = {}, []
+    for item in items:
+        found = subjects_of(item, img_size)
+        subjects |= {subject.name: subject for subject in found}
+        if len(found) == 2:
+            pairs.append({"before": found[0].name, "after": found[1].name, "macs": artifacts.read_plan(item)["macs"]["ratio"]})
+    rows = latency.compare(list(subjects.values()), formats, batches, where, threads, seconds, told)
+    for pair in pairs:
+        both = [subjects[pair[which]] for which in ("before", "after")]
+        before, after = (latency.by_kind(subject, max(batches), where, threads) for subject in both)
+        pair["kinds"] = {kind: [before.get(kind, 0.0), after.get(kind, 0.0)] for kind in latency.KINDS if kind in before | after}
+        pair["reasons"] = reasons(pair, rows, both[1].network)
+    found = {"place": latency.describe(where, threads), "rows": rows, "pairs": pairs}
+    for pair in pairs:
+        own = [row for row in rows if row["network"] in (pair["before"], pair["after"])]
+        keep(Path(pair["after"]), {**found, "rows": own, "pairs": [pair]})
+    return found
+
+
+def pair(name: str, whole: fx.GraphModule, small_name: str, small: fx.GraphModule, macs: float, device: torch.device) -> dict[str, Any]:
+    """A network and what it was cut to, one image at a time, in eager mode, as short as it can be: data as `bench` returns them, without
+    kinds and reasons."""
+    subjects = [latency.Subject(f"{name}, {whole.meta['input_size'][-1]} px", whole.meta["input_size"], whole),
+                latency.Subject(small_name, whole.meta["input_size"], small)]
+    rows = latency.compare(subjects, ["eager"], [whole.meta["static_batch"] or 1], device, torch.get_num_threads(), seconds=0)
+    before, after = (subject.name for subject in subjects)
+    return {"place": latency.describe(device, torch.get_num_threads()), "rows": rows,
+            "pairs": [{"before": before, "after": after, "macs": macs, "kinds": {}, "reasons": []}]}
+
+
+def keep(folder: Path, found: dict[str, Any]) -> None:
+    """Writes figures into a run folder, where `read` and the report find them."""
+    with writing(folder) as aside:
+        (aside / FILE).write_text(json.dumps(found, indent=1))
+
+
+def read(folder: Path) -> dict[str, Any] | None:
+    """The figures that `keep` wrote last, if any."""
+    path = folder / FILE
+    return json.loads(path.read_text()) if path.exists() else None
+
+
+def subjects_of(item: str, img_size: int | None) -> list[latency.Subject]:
+    """What `s2h bench` times of an item: of a run folder what it was cut from, and the result."""
+    if Path(item).is_dir():
+        plan = artifacts.read_plan(item)
+        size = plan["input_size"]
+        return [latency.Subject(f"{plan['model']}, {size[-1]} px", size, whole_network(plan)), latency.Subject(item, size, artifacts.load(item))]
+    format = artifacts.format_of(item)
+    if format is None:
+        source = load_source(item, pretrained=False, img_size=img_size)
+        return [latency.Subject(item, source.input_size, capture(source.module, source.input_size).network)]
+    run, metadata = artifacts.load_artifact(item), artifacts.read_metadata(item)
+    if "input_size" not in metadata:
+        raise UserError(f"'{item}' does not tell its input size: s2h did not write it; give a run or its files")
+    return [latency.Subject(item, metadata["input_size"], *((run,) if format == "pt2" else (None, {format: Path(item)})))]
+
+
+def whole_network(plan: dict[str, Any]) -> fx.GraphModule:
+    """What a run was cut from, with random weights.
+
+    Raises:
+        UserError: its model cannot be built any more.
+    """
+    source = load_source(plan["model"], num_classes=len(plan["data"]["classes"]), pretrained=False, img_size=plan["input_size"][-1])
+    return capture(source.module, source.input_size).network
+
+
+def shares(pair: dict[str, Any], rows: list[dict[str, Any]]) -> dict[tuple[str, int], float]:
+    """Time after / time before, by format and batch."""
+    median = {(row["format"], row["batch"], row["network"]): row["timing"]["median"] for row in rows if "timing" in row}
+    return {(format, batch): time / median[format, batch, pair["before"]] for (format, batch, name), time in median.items()
+            if name == pair["after"] and (format, batch, pair["before"]) in median}
+
+
+def reasons(pair: dict[str, Any], rows: list[dict[str, Any]], small: fx.GraphModule) -> list[str]:
+    """Why the time fell by less than the MACs, where it did; nothing where it did not."""
+    time = shares(pair, rows)
+    if not time or max(time.values()) <= pair["macs"] + SLACK:
+        return []
+    out = []
+    few, many = min(batch for _, batch in time), max(batch for _, batch in time)
+    overhead = [format for format, batch in time if batch == few < many and time[format, few] > time[format, many] + SLACK]
+    if overhead:
+        calls = sum(node.op in ("call_module", "call_function", "call_method") for node in small.graph.nodes)
+        out.append(f"At batch {few} the fixed cost of each of its {calls} operators counts, and cutting channels removes none of them: "
+                   f"{', '.join(f'{time[f, few]:.2f} of the time at batch {few}, {time[f, many]:.2f} at {many} ({f})' for f in overhead)}.")
+    total = sum(after for _, after in pair["kinds"].values())
+    bound = {kind: pair["kinds"][kind][1] / total for kind in MEMORY_BOUND if kind in pair["kinds"]}
+    if sum(bound.values()) > pair["macs"]:
+        out.append(f"{sum(bound.values()):.0%} of its time goes to operators that memory bounds, not arithmetic, with next to no MACs: "
+                   f"{', '.join(f'{kind} {share:.0%}' for kind, share in bound.items())}.")
+    widths = [layer.out_channels if isinstance(layer, nn.modules.conv._ConvNd) else layer.out_features
+              for layer in small.modules() if isinstance(layer, (nn.modules.conv._ConvNd, nn.Linear))]
+    odd = sum(width % LIKED > 0 for width in widths)
+    if odd > len(widths) / 2:
+        out.append(f"{odd} of {len(widths)} layers have a width that is no multiple of {LIKED}, which kernels like: --divisor {LIKED} may be faster at "
+                   "the same MACs.")
+    return out or ["It is none of what is looked for here: fixed costs, operators that memory bounds, odd widths."]

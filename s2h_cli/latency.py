@@ -1,0 +1,277 @@
+"""Latency: how long networks take on this machine, in the formats that people run them in.
+
+`FORMATS` is the table of formats. Networks that are compared take turns, block by block, so that whatever else the machine does
+hits all of them alike.
+"""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+import math
+import platform
+import statistics
+import tempfile
+import time
+from collections import defaultdict
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Callable, Iterator
+
+import torch
+from torch import fx, nn
+from torch.utils.benchmark import Timer
+
+from . import artifacts
+from .errors import UserError, why
+from .graph import to_device
+
+Call = Callable[[], Any]
+
+#: A block of calls takes at least so long, so that the clock's own noise does not count.
+BLOCK_SECONDS = 0.02
+LEAST_BLOCKS = 7
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds a call: the median over blocks, and the quartiles."""
+
+    median: float
+    low: float
+    high: float
+    blocks: int
+
+
+def interleaved(calls: dict[str, Call], seconds: float, threads: int) -> dict[str, Timing]:
+    """Times calls in turn, for about `seconds` in all, after a warm-up of each.
+
+    Args:
+        calls: what to time, by name.
+        threads: of torch's operators on the CPU.
+    """
+    timers = {name: Timer("call()", globals={"call": call}, num_threads=threads) for name, call in calls.items()}
+    once = {name: min(timer.timeit(2).mean for _ in range(2)) for name, timer in timers.items()}
+    number = {name: max(1, math.ceil(BLOCK_SECONDS / each)) for name, each in once.items()}
+    found: dict[str, list[float]] = defaultdict(list)
+    ends = time.perf_counter() + seconds
+    while time.perf_counter() < ends or any(len(found[name]) < LEAST_BLOCKS for name in timers):
+        for name in sorted(timers, reverse=len(found[next(iter(timers))]) % 2):  # each is first as often as last
+            found[name].append(timers[name].timeit(number[name]).mean)
+    return {name: Timing(statistics.median(found[name]), *_quartiles(found[name]), len(found[name])) for name in calls}
+
+
+def _quartiles(values: list[float]) -> tuple[float, float]:
+    low, _, high = statistics.quantiles(values, n=4)
+    return low, high
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Formats
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where networks run. `folder` is for files that only they need."""
+
+    device: torch.device
+    threads: int
+    folder: Path
+
+
+def describe(device: torch.device, threads: int) -> str:
+    """A device by its name, and the threads where it is a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:  # not Linux
+        lines = []
+    name = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.processor() or "CPU")
+    return f"{name}, {threads} thread{'s' * (threads > 1)}"
+
+
+class Subject:
+    """A network to time.
+
+    Args:
+        name: what the user calls it.
+        input_size: (C, H, W) of its images.
+        network: it as a module on the CPU; None where there is but a file.
+        files: it in other formats of `artifacts.EXPORTS`. What is missing is exported, where `network` is one of ours.
+    """
+
+    def __init__(self, name: str, input_size: tuple[int, int, int], network: fx.GraphModule | None = None, files: dict[str, Path] | None = None):
+        self.name, self.input_size, self.network, self.files = name, tuple(input_size), network, dict(files or {})
+        self._program: artifacts.Program | None = None
+
+    @property
+    def formats(self) -> list[str]:
+        """Those that it can be timed in."""
+        if self.network is not None and "static_batch" in self.network.meta:
+            return list(FORMATS)
+        needs = {"torchscript": "torchscript", "onnx": "onnx", "openvino": "onnx"}
+        return [name for name in FORMATS if (needs[name] in self.files if name in needs else self.network is not None)]
+
+    def check(self, batch: int) -> None:
+        """Raises UserError for a batch that it cannot take."""
+        only = self.network.meta.get("static_batch") if self.network is not None else None
+        if only not in (None, batch):
+            raise UserError(f"it takes {only} image{'s' * (only > 1)} at a time")
+
+    def module(self, device: torch.device) -> nn.Module:
+        """A copy on the device."""
+        return to_device(copy.deepcopy(self.network), device).eval()
+
+    def file(self, format: str, folder: Path) -> Path:
+        if format not in self.files:
+            self._program = self._program or artifacts.Program(self.network)
+            own = folder / str(id(self))
+            own.mkdir(exist_ok=True)
+            self.files[format] = artifacts.export(self._program, own, format)
+        return self.files[format]
+
+
+def _eager(subject: Subject, images: torch.Tensor, place: Place) -> Call:
+    network = subject.module(place.device)
+    return lambda: network(images)
+
+
+def _compiled(subject: Subject, images: torch.Tensor, place: Place) -> Call:
+    network = torch.compile(subject.module(place.device))
+    network(images)
+    return lambda: network(images)
+
+
+def _torchscript(subject: Subject, images: torch.Tensor, place: Place) -> Call:
+    network = torch.jit.load(str(subject.file("torchscript", place.folder)), map_location=place.device).eval()
+    for _ in range(3):  # its executor profiles first, then optimizes
+        network(images)
+    return lambda: network(images)
+
+
+def _onnx(subject: Subject, images: torch.Tensor, place: Place) -> Call:
+    session = artifacts.onnx_session(subject.file("onnx", place.folder), threads=place.threads, cuda=place.device.type == "cuda")
+    feed = {session.get_inputs()[0].name: images.cpu().numpy()}
+    return lambda: session.run(None, feed)
+
+
+def _openvino(subject: Subject, images: torch.Tensor, place: Place) -> Call:
+    import openvino
+
+    if place.device.type != "cpu":
+        raise UserError("OpenVINO is timed on the CPU alone")
+    model = openvino.Core().compile_model(str(subject.file("onnx", place.folder)), "CPU", {"INFERENCE_NUM_THREADS": place.threads})
+    request, feed = model.create_infer_request(), [images.numpy()]
+    return lambda: request.infer(feed)
+
+
+#: What makes a call of a network, of images (N, C, H, W) on the device.
+FORMATS: dict[str, Callable[[Subject, torch.Tensor, Place], Call]] = {
+    "eager": _eager,
+    "compile": _compiled,
+    "torchscript": _torchscript,
+    "onnx": _onnx,
+    "openvino": _openvino,
+}
+
+
+def installed() -> list[str]:
+    """The formats that this machine has the packages for."""
+    return [name for name in FORMATS if name != "openvino" or importlib.util.find_spec("openvino")]
+
+
+def compare(subjects: list[Subject], formats: list[str], batches: list[int], device: torch.device, threads: int, seconds: float = 2.0,
+            told: Callable[[str], None] = lambda text: None) -> list[dict[str, Any]]:
+    """Times networks against each other.
+
+    Args:
+        formats: keys of `FORMATS`.
+        threads: of the CPU.
+        seconds: for one format at one batch size, shared by the networks.
+        told: is told what is being timed.
+
+    Returns:
+        A row, plain data, for each format, batch and network that offers the format: {format, batch, network, timing}, a `Timing` as dict, or
+        {format, batch, network, failed}, the reason in one line.
+    """
+    rows = []
+    with tempfile.TemporaryDirectory() as aside, torch.inference_mode(), artifacts.quiet(), _threads(threads):
+        place = Place(device, threads, Path(aside))
+        for format in formats:
+            for batch in batches:
+                told(f"{format}, batch {batch}")
+                calls, failed = {}, {}
+                for subject in subjects:
+                    if format not in subject.formats:
+                        continue
+                    try:
+                        subject.check(batch)
+                        calls[subject.name] = FORMATS[format](subject, torch.randn(batch, *subject.input_size, device=device), place)
+                        calls[subject.name]()
+                    except Exception as error:  # compilers and runtimes raise whatever they like
+                        calls.pop(subject.name, None)
+                        failed[subject.name] = str(error) if isinstance(error, UserError) else why(error)
+                found = {name: {"timing": asdict(timing)} for name, timing in interleaved(calls, seconds, threads).items()} if calls else {}
+                found |= {name: {"failed": reason} for name, reason in failed.items()}
+                rows += [{"format": format, "batch": batch, "network": s.name, **found[s.name]} for s in subjects if s.name in found]
+                torch._dynamo.reset()
+    return rows
+
+
+@contextmanager
+def _threads(count: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Where the time goes
+
+
+#: Kinds of operators, and what bounds each; the first that holds counts.
+KINDS: dict[str, Callable[[nn.Module | None, str], bool]] = {
+    "depthwise convolutions": lambda layer, name: isinstance(layer, nn.modules.conv._ConvNd) and layer.groups == layer.in_channels > 1,
+    "convolutions": lambda layer, name: isinstance(layer, nn.modules.conv._ConvNd) or name.startswith("conv"),
+    "linear layers": lambda layer, name: isinstance(layer, nn.Linear) or name == "linear",
+    "attention and matrix products": lambda layer, name: name in ("scaled_dot_product_attention", "matmul", "bmm", "einsum"),
+    "norms": lambda layer, name: "norm" in (type(layer).__name__ if layer else name).lower(),
+    "the rest, element by element": lambda layer, name: True,
+}
+
+
+class _Clocked(fx.Interpreter):
+    """Runs a network node by node, and adds up the seconds of each kind."""
+
+    def __init__(self, network: fx.GraphModule):
+        super().__init__(network)
+        self.seconds: dict[str, float] = defaultdict(float)
+
+    def run_node(self, n: fx.Node) -> Any:
+        started = time.perf_counter()
+        out = super().run_node(n)
+        if isinstance(out, torch.Tensor) and out.is_cuda:
+            torch.cuda.synchronize(out.device)
+        layer = self.fetch_attr(n.target) if n.op == "call_module" else None
+        if n.op not in ("placeholder", "get_attr", "output"):
+            name = getattr(n.target, "__name__", str(n.target))
+            self.seconds[next(kind for kind, holds in KINDS.items() if holds(layer, name))] += time.perf_counter() - started
+        return out
+
+
+def by_kind(subject: Subject, batch: int, device: torch.device, threads: int, rounds: int = 5) -> dict[str, float]:
+    """Seconds that one batch spends in each kind of operator, in eager mode: the median over rounds."""
+    found: dict[str, list[float]] = defaultdict(list)
+    network, images = subject.module(device), torch.randn(batch, *subject.input_size, device=device)
+    with torch.inference_mode(), _threads(threads):
+        for _ in range(rounds + 1):
+            clocked = _Clocked(network)
+            clocked.run(images)
+            for kind, seconds in clocked.seconds.items():
+                found[kind].append(seconds)
+    return {kind: statistics.median(found[kind][1:]) for kind in KINDS if kind in found}
