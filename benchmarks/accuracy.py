@@ -39,6 +39,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from s2h_cli.budget import Budget
 from s2h_cli.config import Recipe
 from s2h_cli.data import ImageSet, Splits, make_loader, open_splits
 from s2h_cli.graph import capture
@@ -145,13 +146,13 @@ def run_cell(table: Table, splits: Splits, path: Path, scenario: str, name: str,
     if row.method in OUTSIDE:
         full = Space(network).full_macs
         network = OUTSIDE[row.method](source, network, flops)
-        method = METHODS["dense"](network, Space(network), 1.0)
+        method = METHODS["dense"](network, Space(network), Budget(flops=1.0))
         ratio = method.space.full_macs / full
     else:
         make = (FROM_TRAINED if teacher else METHODS)[row.method]
         if row.settings:
             make = partial(make, settings=replace(TRAINED if teacher else Settings(), **row.settings))
-        method, ratio = make(network, Space(network), flops), None
+        method, ratio = make(network, Space(network), Budget(flops=flops)), None
     epochs = table.epochs
     if row.cost:
         paid, alone = find(path, scenario, row.cost, flops, seed), find(path, scenario, name.removesuffix(" = cost"), flops, seed)
@@ -191,7 +192,7 @@ def dense_weights(table: Table, splits: Splits, path: Path) -> dict[str, torch.T
     """Of the network that scenario A starts from; trained once and kept."""
     if not path.exists():
         source, network = fresh(table, splits, 0)
-        method = METHODS["dense"](network, Space(network), 1.0)
+        method = METHODS["dense"](network, Space(network), Budget(flops=1.0))
         watcher = Watcher(method, copy.deepcopy(network), source, len(splits.train) // 64, table.dense_epochs)
         row = train(method, table, splits, source, table.dense_epochs, 0, watcher)
         print(f"dense network: {row['top1_hard']:.2f}", flush=True)

@@ -23,6 +23,7 @@ import torch
 from torch import nn
 
 from s2h_cli.graph import capture
+from s2h_cli.budget import Budget
 from s2h_cli.masks import widths_of
 from s2h_cli.methods.s2h import S2H, Settings
 from s2h_cli.plan import Space
@@ -89,8 +90,8 @@ def main() -> None:
 def steps(network, space: Space, flops: float, images: torch.Tensor, targets: torch.Tensor) -> dict:
     """The kinds of step, as functions without arguments."""
     criterion = nn.CrossEntropyLoss()
-    methods = [S2H(network, space, flops) for _ in range(3)]
-    widths = torch.from_numpy(widths_of(space, torch.ones(len(space.groups)), flops))
+    methods = [S2H(network, space, Budget(flops=flops)) for _ in range(3)]
+    widths = torch.from_numpy(widths_of(space, torch.ones(len(space.groups)), Budget(flops=flops)))
     for method, progress in zip(methods, (0.0, Settings.freeze, Settings.merge)):
         with torch.no_grad():  # all but sure of the same share of every group
             method.masks.u.copy_(torch.where(method.masks.candidates.cpu() == widths[:, None], 0.0, -40.0))

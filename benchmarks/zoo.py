@@ -52,6 +52,7 @@ from s2h_cli import artifacts  # noqa: E402
 from s2h_cli.cost import count_macs  # noqa: E402
 from s2h_cli.errors import UserError  # noqa: E402
 from s2h_cli.graph import capture  # noqa: E402
+from s2h_cli.budget import Budget  # noqa: E402
 from s2h_cli.masks import fit_budget  # noqa: E402
 from s2h_cli.plan import Plan, Space  # noqa: E402
 from s2h_cli.rebuild import rebuild, skeleton  # noqa: E402
@@ -199,7 +200,7 @@ def random_plan(space: Space, seed: int = 0) -> Plan:
     """Random widths at half the MACs, or the nearest above that can be reached, and random channels of each group."""
     random = np.random.default_rng(seed)
     value = [np.sort(random.random(len(group.candidates)))[::-1] for group in space.groups]
-    widths = fit_budget(space, value, max(RATIO, space.min_ratio))
+    widths = fit_budget(space, value, Budget(flops=max(RATIO, space.min_ratio)))
     return Plan.from_widths(space, widths, random.random(space.size))
 
 

@@ -7,7 +7,8 @@ CONVENTION = "MACs as fvcore counts them: one multiply-add is one; whole network
 
 
 def load(path):
-    """Loads the small network of a run folder, in eval mode; see `s2h_cli.artifacts.load`."""
+    """Loads the small network of a run folder, or of `hf://user/name`, in eval mode; see `s2h_cli.artifacts.load`."""
     from .artifacts import load as load_network
+    from .hub import local
 
-    return load_network(path)
+    return load_network(local(path))

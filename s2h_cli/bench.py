@@ -9,12 +9,12 @@ from typing import Any, Callable
 import torch
 from torch import fx, nn
 
-from . import artifacts, latency
+from . import artifacts, hub, latency
 from .device import pick_device
 from .errors import UserError
 from .files import writing
 from .graph import capture
-from .source import load_source
+from .source import is_run, load_source
 
 FILE = "bench.json"
 #: Kinds of operators (`latency.KINDS`) that memory bounds, not arithmetic: they have few MACs for each byte that they move.
@@ -46,7 +46,7 @@ def bench(items: list[str], *, formats: list[str], batches: list[int], img_size:
         found = subjects_of(item, img_size)
         subjects |= {subject.name: subject for subject in found}
         if len(found) == 2:
-            pairs.append({"before": found[0].name, "after": found[1].name, "macs": artifacts.read_plan(item)["macs"]["ratio"]})
+            pairs.append({"before": found[0].name, "after": found[1].name, "macs": artifacts.read_plan(hub.local(item))["macs"]["ratio"]})
     rows = latency.compare(list(subjects.values()), formats, batches, where, threads, seconds, told)
     for pair in pairs:
         both = [subjects[pair[which]] for which in ("before", "after")]
@@ -56,7 +56,7 @@ def bench(items: list[str], *, formats: list[str], batches: list[int], img_size:
     found = {"place": latency.describe(where, threads), "rows": rows, "pairs": pairs}
     for pair in pairs:
         own = [row for row in rows if row["network"] in (pair["before"], pair["after"])]
-        keep(Path(pair["after"]), {**found, "rows": own, "pairs": [pair]})
+        keep(hub.local(pair["after"]), {**found, "rows": own, "pairs": [pair]})
     return found
 
 
@@ -85,10 +85,11 @@ def read(folder: Path) -> dict[str, Any] | None:
 
 def subjects_of(item: str, img_size: int | None) -> list[latency.Subject]:
     """What `s2h bench` times of an item: of a run folder what it was cut from, and the result."""
-    if Path(item).is_dir():
-        plan = artifacts.read_plan(item)
+    if is_run(item):
+        folder = hub.local(item)
+        plan = artifacts.read_plan(folder)
         size = plan["input_size"]
-        return [latency.Subject(f"{plan['model']}, {size[-1]} px", size, whole_network(plan)), latency.Subject(item, size, artifacts.load(item))]
+        return [latency.Subject(f"{plan['model']}, {size[-1]} px", size, whole_network(plan)), latency.Subject(item, size, artifacts.load(folder))]
     format = artifacts.format_of(item)
     if format is None:
         source = load_source(item, pretrained=False, img_size=img_size)

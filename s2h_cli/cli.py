@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect as inspect_module
 import json
 import logging
 import os
@@ -15,6 +16,7 @@ from typing import Annotated, Any, NoReturn, Optional
 import typer
 
 from . import CONVENTION
+from .budget import KINDS
 from .config import Config, configure
 from .errors import UserError
 
@@ -22,8 +24,8 @@ app = typer.Typer(add_completion=False, no_args_is_help=True, rich_markup_mode=N
                   help="Compress your own vision model in one training run.\n\n"
                        "Example: s2h prune resnet18 --data digits --flops 0.35 --no-pretrained")
 
-MODEL = typer.Argument(metavar="MODEL", help="A timm name (resnet50), torchvision:resnet50, or your own path/to/file.py:build, a callable "
-                       "that returns an nn.Module.", show_default=False)
+MODEL = typer.Argument(metavar="MODEL", help="A timm name (resnet50), torchvision:resnet50, your own path/to/file.py:build, a callable "
+                       "that returns an nn.Module, the folder of a run, or hf://user/name, a run on the hub.", show_default=False)
 DATA = typer.Option(help="A folder with train/ and val/, a folder of class folders, 'digits', or a timm data set such as torch/cifar100.",
                     show_default=False)
 
@@ -40,6 +42,7 @@ def prune(
     data: Annotated[Optional[str], DATA] = None,
     flops: Annotated[Optional[str], setting(f"Share of the whole network's MACs that remains, at the training resolution: {CONVENTION}. Several, such as "
                                             "0.15,0.35, give a result each from one run.")] = None,
+    params: Annotated[Optional[float], setting("Share of the parameters that remains; with --flops, both hold.")] = None,
     method: Annotated[Optional[str], setting("s2h, stp, epsd, dmp (masks alone); or a control: dense (cuts nothing: a network to start from), uniform, random, magnitude.",
                                              default=Config.method)] = None,
     output: Annotated[Optional[str], setting("Result folder. [default: runs/MODEL-fSHARE, numbered]", "-o", "--output")] = None,
@@ -91,11 +94,29 @@ def prune(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Plan, check the budget, do one step, write nothing.")] = False,
 ) -> None:
     """Train MODEL on DATA and write a small dense network that costs the share --flops of its MACs."""
+    run_job(**ctx.params)
+
+
+def train(ctx: typer.Context, **settings: Any) -> None:
+    """Train MODEL on DATA and cut nothing: to fine-tune the folder of a run, or to get a network to start from and to learn from."""
+    run_job(**ctx.params, method="dense")
+
+
+#: The options of `prune`, but for those that say what is cut.
+train.__signature__ = inspect_module.signature(prune, eval_str=True)
+train.__signature__ = train.__signature__.replace(parameters=[option for name, option in train.__signature__.parameters.items()
+                                                              if name not in (*KINDS, "method", "divisor", "exclude", "prune_head_dim")])
+train.__annotations__ = {name: option.annotation for name, option in train.__signature__.parameters.items()}
+app.command(epilog="Example: s2h train runs/resnet18-f0.35 --data ./other")(train)
+
+
+def run_job(recipe: str | None, config: Path | None, resume: bool, dry_run: bool, **options: Any) -> None:
+    """A training, and what is shown of it. `options`: settings by name; None or empty where they are not given."""
     from . import run
     from .report import tables
 
     settings = {option.name for option in fields(Config)}
-    given = {name: value for name, value in ctx.params.items() if name in settings and value not in (None, [], ())}
+    given = {name: value for name, value in options.items() if name in settings and value not in (None, [], ())}
     console = tables.console(quiet=distributed_rank() > 0)
     results = run.prune(configure(given, recipe, config), console, resume=resume, dry_run=dry_run)
     for result in results:
@@ -137,6 +158,18 @@ def export(
 
     for name, difference in run.export(folder, format).items():
         print(f"{folder / name}  largest relative difference {difference:.1e}")
+
+
+@app.command(epilog="Example: s2h push runs/resnet18-f0.35 me/resnet18-small")
+def push(
+    folder: Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a run.")],
+    repo: Annotated[str, typer.Argument(metavar="USER/NAME", help="The repository; made if there is none.")],
+    private: Annotated[bool, typer.Option("--private", help="Make it a private one.")] = False,
+) -> None:
+    """Push the result of RUN to the Hugging Face hub; `hf://USER/NAME` loads it from there."""
+    from . import hub
+
+    print(hub.push(folder, repo, private))
 
 
 @app.command(epilog="Example: s2h models 'convnext*'")

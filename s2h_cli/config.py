@@ -12,6 +12,7 @@ from typing import Any
 
 import yaml
 
+from .budget import KINDS, Budget
 from .errors import UserError, why
 from .files import writing
 
@@ -58,7 +59,8 @@ class Config(Recipe):
 
     model: str
     data: str
-    flops: float | list[float]  #: budget, or several
+    flops: float | list[float] | None = None  #: share of the MACs that remains, or several
+    params: float | None = None  #: share of the parameters that remains
     method: str = "s2h"
     output: str | None = None
     pretrained: bool = True
@@ -76,13 +78,14 @@ class Config(Recipe):
     log: str | None = None
 
     @property
-    def budgets(self) -> list[float]:
-        return self.flops if isinstance(self.flops, list) else [self.flops]
+    def budgets(self) -> list[Budget]:
+        return [Budget(flops=flops, params=self.params) for flops in (self.flops if isinstance(self.flops, list) else [self.flops])]
 
     @property
-    def target(self) -> str:
-        """The budgets as `--flops` takes them."""
-        return ",".join(f"{budget:g}" for budget in self.budgets)
+    def shares(self) -> dict[str, str]:
+        """What of which cost may remain, as the options take it."""
+        found = {kind: [f"{share:g}" for budget in self.budgets if (share := budget.shares.get(kind)) is not None] for kind in KINDS}
+        return {kind: ",".join(dict.fromkeys(values)) for kind, values in found.items() if values}
 
     def command(self, *extra: str) -> str:
         """The command line that asks for this run."""
@@ -92,8 +95,8 @@ class Config(Recipe):
             flag = "--" + option.name.replace("_", "-")
             if option.name == "model" or value == option.default or value is None:
                 continue
-            if option.name == "flops":
-                value = self.target
+            if option.name in self.shares:
+                value = self.shares[option.name]
             if isinstance(value, bool):
                 words.append(flag if value else "--no-" + flag[2:])
             else:
@@ -115,13 +118,15 @@ def configure(given: dict[str, Any], recipe: str | None = None, file: Path | Non
         settings |= {name: value for name, value in _read(file, Config).items() if name != "output"}
     settings |= given
     if settings.get("method") == "dense":
-        settings["flops"] = given.get("flops", 1.0)  # not an earlier run's
+        settings |= {kind: given.get(kind) for kind in KINDS} | {"flops": given.get("flops", 1.0)}  # not an earlier run's
+    if settings.get("flops") is None and settings.get("params") is None:
+        settings.pop("flops", None)
     for name, example in (("model", "resnet50"), ("data", "--data ./imagenet"), ("flops", "--flops 0.35")):
-        if name not in settings:
+        if name not in settings and not (name == "flops" and "params" in settings):
             raise UserError(f"no {name} is given; name it, such as {example}, or a --config FILE that has it")
-    if isinstance(settings["flops"], list):  # of a file
+    if isinstance(settings.get("flops"), list):  # of a file
         settings["flops"] = ",".join(f"{budget:g}" for budget in settings["flops"])
-    if isinstance(settings["flops"], str):
+    if isinstance(settings.get("flops"), str):
         settings["flops"] = _budgets(settings["flops"])
     return Config(**settings)
 
@@ -166,7 +171,7 @@ def resumed(config: Config, folder: Path) -> Config:
     if not path.is_file():
         raise UserError(f"nothing to resume: no args.yaml in '{folder}'; leave --resume away or name the run's folder with -o")
     saved = earlier(path)
-    for name in ("model", "data", "flops", "method"):
+    for name in ("model", "data", *KINDS, "method"):
         if getattr(saved, name) != getattr(config, name):
             raise UserError(f"cannot resume: '{folder}' was started with {name} {getattr(saved, name)}, "
                             f"not {getattr(config, name)}; ask for the same, or start a new run")

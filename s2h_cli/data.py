@@ -363,6 +363,11 @@ def _collate(items: list[tuple[torch.Tensor, int] | str | None]) -> list[torch.T
     return default_collate(items) if items else None
 
 
+def kept_crop(input_size: tuple[int, int, int], crop_pct: float) -> float:
+    """Share of the side that the centre crop keeps: a model's own, but all of a small image."""
+    return 1.0 if max(input_size[1:]) <= SMALL_IMAGE else crop_pct
+
+
 def make_loader(
     dataset: ImageSet,
     *,
@@ -431,7 +436,7 @@ def make_loader(
         interpolation=interpolation,
         mean=mean,
         std=std,
-        crop_pct=1.0 if small else crop_pct,
+        crop_pct=kept_crop(input_size, crop_pct),
     )
     return _Loader(
         dataset,

@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from . import distributed
-from .errors import UserError
+from .budget import Budget
 from .plan import Plan, Space
 
 
@@ -141,22 +141,13 @@ def plan_of_ranks(space: Space, widths: np.ndarray, ranks: torch.Tensor) -> Plan
     return Plan(space, ranks.cpu().numpy() < np.repeat(widths, space.full))
 
 
-def check_reachable(space: Space, target: float) -> None:
-    """Raises UserError if not even the smallest widths are within the budget."""
-    if space.min_ratio > target:
-        least = math.ceil(space.min_ratio * 1e4) / 1e4
-        raise UserError(f"--flops {target:g} cannot be reached: the smallest reachable share is {least:.4f}; "
-                        "ask for that or more, or lower --divisor")
-
-
-def fit_budget(space: Space, value: list[np.ndarray], target: float) -> np.ndarray:
-    """Widths that meet a budget exactly: ratio <= target, and no group can be raised by one step.
+def fit_budget(space: Space, value: list[np.ndarray], budget: Budget) -> np.ndarray:
+    """Widths that meet a budget exactly: it holds, and would not if any group were one step wider.
 
     Starts at the smallest widths and takes the most valuable step that still fits, until none fits.
 
     Args:
         value: for each group, for each candidate width, what the step up to it is worth; falling along a group.
-        target: share of the whole network's MACs that may remain.
 
     Returns:
         Widths (groups,) in atoms.
@@ -164,7 +155,7 @@ def fit_budget(space: Space, value: list[np.ndarray], target: float) -> np.ndarr
     Raises:
         UserError: not even the smallest widths are within the budget.
     """
-    check_reachable(space, target)
+    budget.check(space)
     widths = space.least.copy()
     steps = sorted((-float(value[i][k]), k, i) for i, g in enumerate(space.groups) for k in range(1, len(g.candidates)))
     full = set()
@@ -173,18 +164,18 @@ def fit_budget(space: Space, value: list[np.ndarray], target: float) -> np.ndarr
             continue
         trial = widths.copy()
         trial[i] = space.groups[i].candidates[k]
-        if space.ratio(trial) <= target:
+        if budget.holds(space, trial):
             widths = trial
         else:
             full.add(i)
     return widths
 
 
-def widths_of(space: Space, shares: torch.Tensor, budget: float) -> np.ndarray:
+def widths_of(space: Space, shares: torch.Tensor, budget: Budget) -> np.ndarray:
     """Widths (groups,) in proportion to `shares` (groups,) of the full ones, exactly on budget."""
     return fit_budget(space, [-np.array(group.candidates) / group.size / share for group, share in zip(space.groups, shares.tolist())], budget)
 
 
-def widths_of_scores(space: Space, scores: np.ndarray, budget: float) -> np.ndarray:
+def widths_of_scores(space: Space, scores: np.ndarray, budget: Budget) -> np.ndarray:
     """Widths (groups,) that keep the atoms of greatest score (atoms,), exactly on budget: a step is worth the least atom that it brings."""
     return fit_budget(space, [np.sort(scores[group.start:group.stop])[::-1][np.array(group.candidates) - 1] for group in space.groups], budget)

@@ -84,6 +84,7 @@ class Space:
             of the buffer that `rebuild.insert_gates` makes for each.
         writes: (parameter, dim) that make one: where importance is read.
         layers, macs, parameters: the counted operators, and the cost models by layer and by parameter.
+        costs: the cost models by the kinds of `budget.KINDS`.
         dropped: blocks that the network is without (`depth.Block`); what was in them has no cost.
         gone: (groups,) of which groups nothing is left.
         whole: the space with no block dropped.
@@ -136,18 +137,32 @@ class Space:
         return {**{(name, dim): self.params[name][dim] for name, dim in self.reads},
                 **{(name, use.dim): self.tensors[use.operand.name][0][use.dim] for name, use in self.gates.items()}}
 
+    @property
+    def costs(self) -> dict[str, CostModel]:
+        return {"flops": self.macs, "params": self.parameters}
+
     @cached_property
+    def full_costs(self) -> dict[str, int]:
+        """Those of the whole network."""
+        return {kind: cost.total(self.full) for kind, cost in self.whole.costs.items()}
+
+    @property
     def full_macs(self) -> int:
         """MACs of the whole network."""
-        return self.whole.macs.total(self.full)
+        return self.full_costs["flops"]
 
     @property
     def min_ratio(self) -> float:
         """The smallest share of MACs that can be reached."""
-        return self.macs.total(self.least) / self.full_macs
+        return self.ratio(self.least)
+
+    def share(self, kind: str, widths: np.ndarray) -> float:
+        """A cost at these widths, as a share of the whole network's."""
+        return self.costs[kind].total(widths) / self.full_costs[kind]
 
     def ratio(self, widths: np.ndarray) -> float:
-        return self.macs.total(widths) / self.full_macs
+        """Share of the whole network's MACs."""
+        return self.share("flops", widths)
 
     def only(self, network: fx.GraphModule, dropped: tuple[Any, ...]) -> "Space":
         """The same atoms, at the cost of a network that has only some of the nodes and parameters (see `depth.shorten`)."""

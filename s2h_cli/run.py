@@ -14,14 +14,15 @@ from rich.console import Console
 from torch import nn
 from torch.utils.data import DataLoader
 
-from . import artifacts, bench, data, distributed
+from . import artifacts, bench, data, distributed, hub
+from .budget import KINDS, Budget
 from .config import Config, resumed, write
 from .cost import count_macs
 from .device import pick_device
 from .errors import UserError
 from .files import writing
 from .graph import capture, to_device
-from .masks import check_reachable
+from .handout import write_handout
 from .methods import FROM_TRAINED, METHODS
 from .methods.oneshot import OneShot
 from .methods.several import Several
@@ -29,8 +30,9 @@ from .plan import Plan, Space
 from .report import page
 from .report.curves import Curves, check_log, start_log
 from .report.facts import describe
+from .report.tables import quantity
 from .report.progress import TrainingDisplay, Watchers
-from .source import Source, load_source, short_name
+from .source import Source, is_run, load_source, short_name
 from .teacher import NO_ONE, START, knows, load_teacher, start
 from .train import checkpoint, loop
 from .train.evaluate import top1
@@ -113,16 +115,16 @@ def check_settings(config: Config) -> None:
         raise UserError(f"no --method {config.method}; choose from {', '.join(METHODS)}")
     if config.epochs == 0 and config.method != "s2h":
         raise UserError(f"--epochs 0 trains nothing: it cuts once, by importance; leave --method {config.method} away, or train for some epochs")
-    if config.method == "dense" and config.budgets != [1.0]:
-        raise UserError(f"--method dense cuts nothing; leave --flops {config.target} away")
+    if config.method == "dense" and config.budgets != [Budget(flops=1.0)]:
+        raise UserError(f"--method dense cuts nothing; leave {asked(config)} away")
     if config.method != "s2h" and len(config.budgets) > 1:
-        raise UserError(f"--flops {config.target} names several budgets, which --method s2h alone trains in one run; give one")
+        raise UserError(f"--flops {config.shares['flops']} names several budgets, which --method s2h alone trains in one run; give one")
     for name, least in LEAST.items():
         if getattr(config, name) is not None and getattr(config, name) < least:
             raise UserError(f"{flag(name)} is {getattr(config, name)}; give {least} or more")
-    for budget in config.budgets:
-        if not 0 < budget < 1 and config.method != "dense":
-            raise UserError(f"--flops {budget:g} is no share of the MACs; give a number between 0 and 1, such as 0.35")
+    for kind, share in (item for budget in config.budgets for item in budget.shares.items()):
+        if not 0 < share < 1 and config.method != "dense":
+            raise UserError(f"--{kind} {share:g} is no share of the {KINDS[kind]}; give a number between 0 and 1, such as 0.35")
     check(config)
     check_log(config.log)
     if config.batch_size % distributed.WORLD:
@@ -150,9 +152,9 @@ def prepare(config: Config, device: torch.device, console: Console, resuming: bo
         network = network.to(memory_format=torch.channels_last)
     space = Space(network, tuple(config.exclude), config.divisor, config.prune_head_dim)
     for budget in config.budgets:
-        check_reachable(space, budget)
+        budget.check(space)
     preprocessing = dict(input_size=source.input_size, mean=source.mean, std=source.std, interpolation=source.interpolation,
-                         crop_pct=source.crop_pct)
+                         crop_pct=data.kept_crop(source.input_size, source.crop_pct))
     loading = dict(**preprocessing, batch_size=config.batch_size, workers=config.workers, flip=splits.flip, recipe=config, seed=config.seed)
     loader = data.make_loader(splits.train, train=True, **loading, rank=distributed.RANK, world=distributed.WORLD)
     teacher = pick_teacher(config, source, network, loader, classes, device, resuming)
@@ -161,12 +163,13 @@ def prepare(config: Config, device: torch.device, console: Console, resuming: bo
     processes = f", {distributed.WORLD} processes" if distributed.WORLD > 1 else ""
     console.print(f"{source.name} on {config.data}: {len(splits.train)} training and {len(splits.val)} validation images, "
                   f"{len(classes)} classes, input {'x'.join(map(str, source.input_size))}, {device}{processes}", soft_wrap=True)
-    console.print(f"{len(space.groups)} groups, {space.size} prunable channels and heads; target {config.target} of "
-                  f"{space.full_macs / 1e6:.1f} M MACs, smallest reachable {space.min_ratio:.4f}", soft_wrap=True)
+    limits = [f"{share} of {quantity(space.full_costs[kind])} {KINDS[kind]}, smallest reachable {space.share(kind, space.least):.4f}"
+              for kind, share in config.shares.items()]
+    console.print(f"{len(space.groups)} groups, {space.size} prunable channels and heads; target {'; '.join(limits)}", soft_wrap=True)
 
     methods = FROM_TRAINED if config.teacher == START else METHODS
     kind = partial(methods[config.method], compile=config.compile, sync_bn=config.sync_bn) if config.epochs else OneShot
-    method = kind(network, space, config.flops) if len(config.budgets) == 1 else Several(kind, network, space, config.budgets)
+    method = kind(network, space, config.budgets[0]) if len(config.budgets) == 1 else Several(kind, network, space, config.budgets)
     return Job(method, teacher, splits, loading, preprocessing, loader, device)
 
 
@@ -230,7 +233,7 @@ def watching(config: Config, folder: Path, method: Any, steps: int, done: int, c
         return
     start_log(config, folder)
     with ExitStack() as stack:
-        display = stack.enter_context(TrainingDisplay(console, config.epochs, steps, config.target, done))
+        display = stack.enter_context(TrainingDisplay(console, config.epochs, steps, asked(config), done))
         curves = [stack.enter_context(Curves(folder_of(folder, ending), part, steps, done, ending)) for ending, part in method.parts.items()]
         yield Watchers([display, *curves])
 
@@ -240,14 +243,19 @@ def folder_of(folder: Path, ending: str) -> Path:
     return folder / f"f{ending[1:]}" if ending else folder
 
 
-def finish(config: Config, budget: float, folder: Path, ending: str, job: Job, row: dict[str, Any], console: Console) -> dict[str, Any]:
+def asked(config: Config) -> str:
+    """The budgets as options."""
+    return " ".join(f"--{kind} {share}" for kind, share in config.shares.items())
+
+
+def finish(config: Config, budget: Budget, folder: Path, ending: str, job: Job, row: dict[str, Any], console: Console) -> dict[str, Any]:
     """Writes, verifies and measures every artifact of a trained part of a method: that of this ending of its columns in the last row."""
     part, input_size = job.method.parts[ending], job.preprocessing["input_size"]
     val = data.make_loader(job.splits.val, train=False, **job.loading)
     small = to_device(part.result(), "cpu").eval()
     facts = describe(part.plan, config.model, input_size, budget)
     counted = sum(count_macs(small, input_size).values())
-    if counted != facts["macs"]["pruned"] or facts["macs"]["ratio"] > budget:
+    if counted != facts["macs"]["pruned"] or not budget.holds(part.plan.space, part.plan.widths):
         raise RuntimeError(f"the plan says {facts['macs']}, fvcore counts {counted}: please report this")
     plan = {**facts, "kept_indices": part.plan.by_group(), "data": {**job.preprocessing, "classes": job.classes}}
     with console.status("writing and checking artifacts"):
@@ -273,6 +281,7 @@ def finish(config: Config, budget: float, folder: Path, ending: str, job: Job, r
         timed = bench.pair(config.model, part.network, str(folder), small, facts["macs"]["ratio"], job.device)
         bench.keep(folder, timed)
         page.write_report(folder)
+        write_handout(folder, config.data, config.method, config.command())
     return {"folder": folder, "facts": facts, "failed": failed, "latency": timed, **results, "bytes_after": (folder / "model.safetensors").stat().st_size}
 
 
@@ -287,8 +296,8 @@ def inspect(model: str, *, img_size: int | None = None, divisor: int = 8, exclud
     Raises:
         UserError: the model cannot be built, captured or pruned, or the folder holds no result.
     """
-    if Path(model).is_dir():
-        return artifacts.read_plan(model)
+    if is_run(model):
+        return artifacts.read_plan(hub.local(model))
     source = load_source(model, pretrained=False, img_size=img_size)
     captured = capture(source.module, source.input_size)
     space = Space(captured.network, exclude, divisor, prune_head_dim)
@@ -365,7 +374,8 @@ def old_folder(config: Config) -> Path:
 
 
 def default_folder(config: Config, number: int) -> Path:
-    stem = f"{short_name(config.model)}-f{config.target.replace(',', '-')}"
+    shares = "-".join(kind[0] + share.replace(",", "-") for kind, share in config.shares.items())
+    stem = f"{short_name(config.model)}-{shares}"
     return Path("runs") / (stem if number == 1 else f"{stem}-{number}")
 
 

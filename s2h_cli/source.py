@@ -22,6 +22,7 @@ from timm.data import resolve_data_config
 from timm.models import get_pretrained_cfg, load_state_dict
 from torch import nn
 
+from . import artifacts, hub
 from .errors import UserError, why
 
 TORCHVISION = "torchvision:"
@@ -88,7 +89,8 @@ def load_source(
     """Builds the model that a MODEL string names.
 
     Args:
-        spec: A timm name (``resnet50.a1_in1k``), ``torchvision:NAME`` or ``path/to/file.py:CALLABLE``.
+        spec: A timm name (``resnet50.a1_in1k``), ``torchvision:NAME``, ``path/to/file.py:CALLABLE``, the folder of a run, or
+            ``hf://user/name``.
         num_classes: Outputs the head is fitted to; None leaves the head as the model comes.
         pretrained: Download the weights that timm or torchvision has for the name, if any.
         weights: File with a state dict, used instead of the downloaded weights.
@@ -110,7 +112,9 @@ def load_source(
     rates = {name: rate for name, rate in (("drop_rate", drop), ("drop_path_rate", drop_path)) if rate is not None}
     if rates and (own or spec.startswith(TORCHVISION)):
         raise UserError(f"--drop and --drop-path are for timm's models; set the rates of '{spec}' where it is built")
-    if own:
+    if is_run(spec):
+        source = _from_run(spec, img_size)
+    elif own:
         source = _from_file(spec, num_classes, img_size)
     elif spec.startswith(TORCHVISION):
         source = _from_torchvision(spec, wanted, download, img_size)
@@ -126,6 +130,21 @@ def load_source(
     if weights is not None and fetch:
         _load_weights(source, Path(weights), num_classes)
     return source
+
+
+def is_run(spec: str) -> bool:
+    """Whether a MODEL string is the folder of a run, here or on the hub. A folder that is called like a model of timm is not meant, unless it is written as `./NAME`."""
+    return spec.startswith(hub.HUB) or Path(spec).is_dir() and not timm.is_model(spec)
+
+
+def _from_run(spec: str, img_size: int | None) -> Source:
+    """The result of an earlier run, as a model to start from."""
+    folder = hub.local(spec)
+    module, made = artifacts.load(folder), artifacts.read_plan(folder)["data"]
+    if img_size not in (None, made["input_size"][1]):
+        module.meta["input_size"] = [made["input_size"][0], img_size, img_size]
+    return Source(short_name(spec), spec, module, tuple(module.meta["input_size"]), tuple(made["mean"]), tuple(made["std"]),
+                  made["interpolation"], made["crop_pct"], pretrained=True)
 
 
 def _from_timm(spec: str, num_classes: int | None, download: bool, img_size: int | None, rates: dict[str, float]) -> Source:
@@ -279,8 +298,8 @@ def _takes_num_classes(build: Callable) -> bool:
 
 def short_name(spec: str) -> str:
     """The name of a MODEL string that is safe for a folder: ``torchvision:resnet18`` is ``resnet18``."""
-    file, extension, _ = spec.rpartition(".py")
-    name = Path(file).name if extension else spec.removeprefix(TORCHVISION).rpartition("/")[2]
+    file, extension, _ = spec.rstrip("/").rpartition(".py")
+    name = Path(file).name if extension else spec.rstrip("/").removeprefix(TORCHVISION).rpartition("/")[2]
     return re.sub(r"[^\w.-]+", "_", name)
 
 

@@ -13,12 +13,13 @@ import timm
 import torch
 from torch import fx, nn
 
-from helpers import captured
+from helpers import captured, random_plan
 from s2h_cli import artifacts
 from s2h_cli.errors import UserError
 from s2h_cli.graph import capture
 from s2h_cli.plan import Plan, Space
 from s2h_cli.rebuild import rebuild
+from s2h_cli.source import load_source
 
 SIZE = (3, 32, 32)
 META = {"classes": ["cat", "dog"], "mean": [0.5]}
@@ -412,3 +413,17 @@ def test_pickles_in_a_pt2_file_do_not_run(tiny, tmp_path, where):
     with pytest.raises(UserError, match="evil.pt2"):
         artifacts.run_artifact(evil)
     assert not trap.exists()
+
+
+@pytest.mark.parametrize("name, size", [("resnet10t", 32), ("mobilenetv3_small_050", 64), ("test_vit", 160), ("test_convnext", 64), ("densenet121", 64),
+                                        ("swin_tiny_patch4_window7_224", 224)])
+def test_what_was_pruned_can_be_pruned_again(tmp_path, name, size):
+    """A network that is loaded back and captured anew has the groups and the cost of the plan that it was cut by."""
+    source = load_source(name, num_classes=4, pretrained=False, img_size=size)
+    network = capture(source.module, source.input_size).network
+    space = Space(network)
+    plan = random_plan(space, share=0.5)
+    artifacts.save(tmp_path, rebuild(network, plan), {})
+    again = Space(capture(artifacts.load(tmp_path), source.input_size).network, divisor=1)
+    assert again.full_macs == space.macs.total(plan.widths)
+    assert sorted(group.size for group in again.groups) == sorted(int(n) for n in plan.widths if n > 1)  # one head is no choice

@@ -14,6 +14,8 @@ import torch
 import yaml
 
 import s2h_cli
+from s2h_cli import artifacts
+from s2h_cli.source import load_source
 from toy import PRUNE, s2h
 
 
@@ -218,6 +220,60 @@ def test_another_run_is_not_resumed(here, capsys):
     assert s2h(*PRUNE, "--epochs", "1", "-o", "out") == 0
     line = error_of(capsys, *PRUNE, "--flops", "0.6", "-o", "out", "--resume")
     assert "started with flops 0.4, not 0.6" in line
+
+
+@pytest.mark.parametrize("method", ["s2h", "stp", "epsd", "magnitude"])
+@pytest.mark.parametrize("budget", [{"params": 0.3}, {"flops": 0.5, "params": 0.35}], ids=["params", "both"])
+def test_parameters_are_a_budget_too(here, monkeypatch, method, budget):
+    monkeypatch.setattr(artifacts, "EXPORTS", {})
+    plain = PRUNE[:4] + PRUNE[6:]
+    options = [str(word) for kind, share in budget.items() for word in (f"--{kind}", share)]
+    assert s2h(*plain, *options, "--method", method, "--epochs", "2") == 0
+    folder = here / "runs" / ("net-" + "-".join(f"{kind[0]}{share}" for kind, share in budget.items()))
+    plan = json.loads((folder / "plan.json").read_text())
+    small = s2h_cli.load(folder)
+    whole = sum(p.numel() for p in load_source("net.py:build", num_classes=2, img_size=16).module.parameters())
+    assert sum(p.numel() for p in small.parameters()) == plan["params"]["pruned"] <= budget["params"] * whole
+    assert plan["macs"]["ratio"] <= budget.get("flops", 1.0)
+    with open(folder / "summary.csv") as file:
+        assert float(list(csv.DictReader(file))[-1]["ratio_params"]) == pytest.approx(plan["params"]["ratio"], rel=1e-5)
+    assert s2h("inspect", folder) == 0
+
+
+def test_a_share_of_the_parameters_that_cannot_be_reached(here, capsys):
+    plain = PRUNE[:4] + PRUNE[6:]
+    assert "smallest reachable share is" in error_of(capsys, *plain, "--params", "0.001")
+    assert "between 0 and 1" in error_of(capsys, *plain, "--params", "30")
+    assert "--flops 0.35" in error_of(capsys, *plain)
+
+
+def test_a_result_is_pruned_again_and_trained_on_other_data(here, capsys, monkeypatch):
+    monkeypatch.setattr(artifacts, "EXPORTS", {})
+    assert s2h(*PRUNE, "--epochs", "3") == 0
+    first = json.loads((here / "runs" / "net-f0.4" / "plan.json").read_text())
+    again = ["prune", "runs/net-f0.4/", *PRUNE[2:4], "--flops", "0.5", *PRUNE[8:], "--epochs", "2"]
+    assert s2h(*again) == 0
+    assert "learns from it too" in capsys.readouterr().out  # the result of the first run knows the classes
+    second = json.loads((here / "runs" / "net-f0.4-f0.5" / "plan.json").read_text())
+    assert second["macs"]["full"] == first["macs"]["pruned"] and second["macs"]["ratio"] <= 0.5
+    assert second["data"] == first["data"]  # size and preprocessing are those of the first
+
+    for split in ("train", "val"):
+        (here / "other" / split).mkdir(parents=True)
+        for name in ("one", "two", "three"):
+            shutil.copytree(here / "data" / split / "dark", here / "other" / split / name)
+    assert s2h("train", "runs/net-f0.4", "--data", "other", "--epochs", "2", "--workers", "0", "--batch-size", "16", "-o", "tuned") == 0
+    tuned = json.loads((here / "tuned" / "plan.json").read_text())
+    assert "the head is new and untrained" in capsys.readouterr().out
+    assert tuned["data"]["classes"] == ["one", "three", "two"] and tuned["macs"]["ratio"] == 1.0
+    assert s2h_cli.load("tuned")(torch.zeros(2, 3, 16, 16)).shape == (2, 3)
+    assert s2h("train", "runs/net-f0.4", "--data", "other", "--epochs", "2", "-o", "tuned", "--resume") == 0
+
+
+def test_a_folder_called_like_a_model_is_not_taken_for_it(here, capsys):
+    (here / "resnet10t").mkdir()
+    assert s2h("inspect", "resnet10t", "--img-size", "32") == 0
+    assert "no plan.json" in error_of(capsys, "inspect", "./resnet10t")
 
 
 def test_runs_are_numbered(here):

@@ -10,6 +10,7 @@ from torch import nn
 from torch.func import functional_call
 
 from s2h_cli.graph import capture
+from s2h_cli.budget import Budget
 from s2h_cli.masks import Importance, Masks, fit_budget, plan_of_ranks
 from s2h_cli.methods.s2h import S2H, divergence
 from s2h_cli.plan import Space
@@ -61,7 +62,7 @@ def in_float64(method):
 def method(request):
     torch.manual_seed(0)
     captured = capture(request.param(), (3, 8, 8)).network
-    method = in_float64(S2H(captured.double(), Space(captured, divisor=2, prune_head_dim=True), target=0.4))
+    method = in_float64(S2H(captured.double(), Space(captured, divisor=2, prune_head_dim=True), Budget(flops=0.4)))
     with torch.no_grad():  # widths somewhere in the middle, so that hard and soft differ
         method.masks.u.normal_()
     method.start_step(0.1)
@@ -196,7 +197,7 @@ def test_the_budget_reaches_u_through_the_expected_widths(method, batch):
 
     def budget(v):
         macs = method.space.macs.differentiable(hard + expected_widths(method, v) - expected)
-        return BETA * (macs / method.space.full_macs - method.budget) ** 2
+        return BETA * (macs / method.space.full_macs - method.allowed.flops) ** 2
 
     torch.testing.assert_close(gradient, numeric_gradient(budget, u.detach()), rtol=1e-5, atol=1e-8)
 
@@ -262,13 +263,13 @@ def test_importance_is_the_mean_over_layers_of_relative_squared_norms():
 def test_the_widths_freeze_exactly_on_budget_and_stay(method, batch):
     method.start_step(0.3)
     plan = method.plan
-    assert plan.ratio <= method.target
+    assert plan.ratio <= method.budget.flops
     for i, group in enumerate(method.space.groups):
         larger = [n for n in group.candidates if n > plan.widths[i]]
         if larger:
             raised = plan.widths.copy()
             raised[i] = larger[0]
-            assert method.space.ratio(raised) > method.target
+            assert method.space.ratio(raised) > method.budget.flops
     step(method, batch)
     assert method.optimizers() == []
     method.start_step(0.4)
@@ -278,7 +279,7 @@ def test_the_widths_freeze_exactly_on_budget_and_stay(method, batch):
 @pytest.mark.parametrize("steps", [40, 400])
 def test_the_masks_can_move_as_far_in_few_steps_as_in_many(method, steps):
     moved = 0.0
-    method = S2H(method.network, method.space, target=0.4)
+    method = S2H(method.network, method.space, Budget(flops=0.4))
     for i in range(steps):
         method.start_step(i / steps)
         moved += sum(optimizer.param_groups[0]["lr"] for optimizer in method.optimizers())
@@ -338,28 +339,42 @@ def test_a_new_mask_starts_less_than_a_step_below_full_width(method):
     assert (masks.hard_widths() == torch.from_numpy(method.space.full)).all()
 
 
-def test_any_budget_is_met_exactly(method):
+@pytest.mark.parametrize("kinds", [("flops",), ("params",), ("flops", "params")], ids="+".join)
+def test_any_budget_is_met_exactly(method, kinds):
     rng = np.random.default_rng(0)
     space = method.space
     for _ in range(50):
-        target = rng.uniform(space.min_ratio, 1.0)
+        shares = {kind: rng.uniform(space.share(kind, space.least), 1.0) for kind in kinds}
         value = [np.sort(rng.random(len(g.candidates)))[::-1] for g in space.groups]
-        widths = fit_budget(space, value, target)
-        assert space.ratio(widths) <= target
+        widths = fit_budget(space, value, Budget(**shares))
+        assert all(space.share(kind, widths) <= share for kind, share in shares.items())
         for i, group in enumerate(space.groups):
             assert widths[i] in group.candidates
             if widths[i] < group.size:
                 raised = widths.copy()
                 raised[i] = next(n for n in group.candidates if n > widths[i])
-                assert space.ratio(raised) > target
+                assert any(space.share(kind, raised) > share for kind, share in shares.items())
         assert (plan_of_ranks(space, widths, method.ranks).widths == widths).all()
+
+
+def test_of_several_costs_the_one_furthest_over_its_limit_counts(method):
+    space = method.space
+    widths = torch.from_numpy(space.full * 0.8).requires_grad_()
+    shares = {kind: float(space.costs[kind].differentiable(widths.detach())) / space.full_costs[kind] for kind in ("flops", "params")}
+    for worst, other in (("flops", "params"), ("params", "flops")):
+        budget = Budget(**{worst: shares[worst] / 2, other: shares[other] / 1.5})
+        found = budget.excess(space, widths)
+        assert float(found.detach()) == pytest.approx(shares[worst] / 2)
+        (gradient,) = torch.autograd.grad(found, widths)
+        (expected,) = torch.autograd.grad(space.costs[worst].differentiable(widths) / space.full_costs[worst], widths)
+        torch.testing.assert_close(gradient, expected)
 
 
 def test_going_on_from_a_saved_state_is_going_on(method, batch):
     """Saved before a step and loaded into a new method, the step gives the same weights and masks, bit for bit."""
     state = torch.load(_saved(method), weights_only=True)
     model = {"Small": Small, "Computed": Computed}[type(method.network).__name__]()
-    other = in_float64(S2H(capture(model, (3, 8, 8)).network.double(), method.space, target=0.4))
+    other = in_float64(S2H(capture(model, (3, 8, 8)).network.double(), method.space, Budget(flops=0.4)))
     other.network.load_state_dict(method.network.state_dict())
     other.load_state_dict(state)
     for m in (method, other):

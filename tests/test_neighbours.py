@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from s2h_cli.graph import capture
+from s2h_cli.budget import Budget
 from s2h_cli.masks import widths_of
 from s2h_cli.methods import METHODS
 from s2h_cli.methods.cut import at_random, by_magnitude, uniform
@@ -41,13 +42,13 @@ def on_budget(space, plan, target):
 @pytest.mark.parametrize("choose", [uniform, at_random, by_magnitude])
 def test_every_choice_of_widths_is_on_budget(network, choose):
     space = Space(network, divisor=2)
-    assert on_budget(space, choose(space, 0.4, np.random.default_rng(0).random(space.size)), 0.4)
+    assert on_budget(space, choose(space, Budget(flops=0.4), np.random.default_rng(0).random(space.size)), 0.4)
 
 
 def test_uniform_keeps_the_same_share_of_the_most_important(network):
     space = Space(network, divisor=1)
     importance = np.random.default_rng(0).random(space.size)
-    plan = uniform(space, 0.4, importance)
+    plan = uniform(space, Budget(flops=0.4), importance)
     share = max(s for s in np.arange(0.05, 1, 0.01) if space.ratio(np.maximum(1, np.floor(s * space.full))) <= 0.4)
     assert (plan.widths >= np.floor(share * space.full)).all()  # what is left of the budget goes to groups that still fit
     for group, width in zip(space.groups, plan.widths):
@@ -56,7 +57,7 @@ def test_uniform_keeps_the_same_share_of_the_most_important(network):
 
 
 def test_what_is_cut_gets_no_gradient_and_what_stays_that_of_the_small_network(network, batch):
-    method = METHODS["uniform"](network, Space(network, divisor=2), 0.4)
+    method = METHODS["uniform"](network, Space(network, divisor=2), Budget(flops=0.4))
     method.start_step(0.0)
     (run,) = method.passes
     method.network.train(), method.hard.module.train()
@@ -91,7 +92,7 @@ def test_the_meta_gradient_of_epsd_is_that_of_finite_differences(network, batch,
     """With a distillation term that has no constant side, as finite differences see none."""
     monkeypatch.setattr("s2h_cli.methods.epsd.class_wise", lambda logits, targets, temperature: (logits / temperature).square().mean())
     network.double().train()
-    method = EPSD(network, Space(network, divisor=2), 0.4)
+    method = EPSD(network, Space(network, divisor=2), Budget(flops=0.4))
     method.gated.double()
     method.operands = {name: tensor.double() for name, tensor in method.operands.items()}
     method.scores = method.scores.double()
@@ -112,7 +113,7 @@ def test_the_meta_gradient_of_epsd_is_that_of_finite_differences(network, batch,
 def test_epsd_keeps_the_highest_scores_of_its_first_steps(network, batch):
     space = Space(network, divisor=2)
     scores = np.random.default_rng(0).random(space.size)
-    plan = plan_of_scores(space, 0.4, scores)
+    plan = plan_of_scores(space, Budget(flops=0.4), scores)
     assert on_budget(space, plan, 0.4)
     for group in space.groups:
         kept = plan.keep[group.start:group.stop]
@@ -122,14 +123,14 @@ def test_epsd_keeps_the_highest_scores_of_its_first_steps(network, batch):
 @pytest.mark.parametrize("images", [7, 9, 10, 13, 16])
 def test_the_parts_that_epsd_looks_ahead_over_have_two_images_at_least(network, batch, images, monkeypatch):
     seen = []
-    method = EPSD(network, Space(network, divisor=2), 0.4)
+    method = EPSD(network, Space(network, divisor=2), Budget(flops=0.4))
     monkeypatch.setattr("s2h_cli.methods.epsd.class_wise", lambda logits, y, t: seen.append(len(y)) or class_wise(logits, y, t))
     method.score(batch[0][:images].float(), batch[1][:images])
     assert sum(seen) == images and min(seen) >= 2 and len(seen) == min(method.settings.inner_steps + 1, images // 2)
 
 
 def test_stp_scores_whose_turn_it_is_by_its_divergence_and_trains_it_alone(network, batch):
-    method = STP(network, Space(network, divisor=2), 0.4)
+    method = STP(network, Space(network, divisor=2), Budget(flops=0.4))
     images = batch[0].float()
     torch.manual_seed(1)  # with which the challenger is another
     method.network.train(), method.hard.module.train(), method.whole.module.train()
@@ -153,7 +154,7 @@ def test_stp_scores_whose_turn_it_is_by_its_divergence_and_trains_it_alone(netwo
 def test_several_budgets_take_turns(network, batch):
     """In a step one part's masks and hard network move, and none of the others'."""
     space = Space(network, divisor=2)
-    method = Several(S2H, network, space, [0.2, 0.4, 0.6])
+    method = Several(S2H, network, space, [Budget(flops=share) for share in (0.2, 0.4, 0.6)])
     parts = list(method.parts.values())
     for step in range(6):
         before = [part.masks.u.clone() for part in parts]
@@ -168,7 +169,7 @@ def test_several_budgets_take_turns(network, batch):
 
 
 def test_stp_keeps_the_subnetwork_of_the_lower_divergence(network):
-    method = STP(network, Space(network, divisor=2), 0.4)
+    method = STP(network, Space(network, divisor=2), Budget(flops=0.4))
     for wins in (False, True):
         method.steps = 0 if not wins else 2 * method.settings.turns
         method.start_step(0.1)
@@ -184,7 +185,7 @@ def test_stp_keeps_the_subnetwork_of_the_lower_divergence(network):
 
 def test_subnetworks_of_stp_are_on_budget_and_the_larger_one_between_it_and_its_double(network):
     space = Space(network, divisor=2)
-    method = STP(network, space, 0.3)
+    method = STP(network, space, Budget(flops=0.3))
     for step in range(0, 60, 2 * method.settings.turns):
         method.steps = step
         method.start_step(0.1)
@@ -201,7 +202,7 @@ def deep():
 
 def test_subnetworks_of_stp_have_depths_that_fill_the_budget(deep, batch):
     space = Space(deep, divisor=2)
-    method = STP(deep, space, 0.5)
+    method = STP(deep, space, Budget(flops=0.5))
     assert method.full.tolist() == [3, 1]
     seen = set()
     images = torch.randn(8, 3, 32, 32)
@@ -216,7 +217,7 @@ def test_subnetworks_of_stp_have_depths_that_fill_the_budget(deep, batch):
 
 
 def test_stp_without_blocks_goes_on_from_its_state(deep):
-    method = STP(deep, Space(deep, divisor=2), 0.3)
+    method = STP(deep, Space(deep, divisor=2), Budget(flops=0.3))
     torch.manual_seed(1)
     for step in range(0, 400, method.settings.turns):
         method.steps = step
@@ -225,7 +226,7 @@ def test_stp_without_blocks_goes_on_from_its_state(deep):
         if method.hard.plan.space.dropped:
             break
     state = copy.deepcopy(method.state_dict())
-    other = STP(deep, Space(deep, divisor=2), 0.3)
+    other = STP(deep, Space(deep, divisor=2), Budget(flops=0.3))
     other.load_state_dict(state)
     assert method.hard.plan.space.dropped and other.hard.plan.space.dropped == method.hard.plan.space.dropped
     images = torch.randn(8, 3, 32, 32)
@@ -236,14 +237,14 @@ def test_stp_without_blocks_goes_on_from_its_state(deep):
 def test_widths_are_in_proportion_to_the_shares(network):
     space = Space(network, divisor=1)
     shares = torch.linspace(0.5, 1, len(space.groups))
-    widths = widths_of(space, shares, 0.1) / space.full
+    widths = widths_of(space, shares, Budget(flops=0.1)) / space.full
     assert np.abs(widths / widths.max() - shares.numpy()).max() < 0.2
 
 
 def test_networks_that_are_not_evaluated_train_too(network, batch):
     """Batch norm uses the batch's statistics in the larger subnetwork of STP, and where EPSD scores."""
     for kind, inner in ((STP, lambda method: method.larger.module), (EPSD, lambda method: method.gated)):
-        method = kind(network.eval(), Space(network, divisor=2), 0.4)
+        method = kind(network.eval(), Space(network, divisor=2), Budget(flops=0.4))
         method.start_step(0.0)
         for run in method.passes:
             run(batch[0].float(), batch[1], CRITERION)
@@ -251,7 +252,7 @@ def test_networks_that_are_not_evaluated_train_too(network, batch):
 
 
 def test_the_whole_network_of_stp_is_no_one_s_pupil(network, batch):
-    method = STP(network, Space(network, divisor=2), 0.4)
+    method = STP(network, Space(network, divisor=2), Budget(flops=0.4))
     method.start_step(0.0)
     method.whole.module.train(), method.hard.module.train()
     found = {name: term for run in method.passes for name, term in run(batch[0].float(), batch[1], CRITERION).items()}
@@ -265,7 +266,7 @@ def test_the_whole_network_of_stp_is_no_one_s_pupil(network, batch):
 
 
 def test_networks_train_by_the_task_alone_in_dense(network, batch):
-    method = METHODS["dense"](network, Space(network, divisor=2), 1.0)
+    method = METHODS["dense"](network, Space(network, divisor=2), Budget(flops=1.0))
     method.start_step(0.0)
     assert method.plan.keep.all()
     (run,) = method.passes

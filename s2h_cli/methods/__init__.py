@@ -2,7 +2,7 @@
 
 The training loop knows nothing of a method. It uses:
 
-    method = Method(network, space, target,            over a captured network; `network`'s parameters are what is trained
+    method = Method(network, space, budget,            over a captured network; `network`'s parameters are what is trained
                     compile=, sync_bn=)                `compile`: networks go through torch.compile once their shapes stand still;
                                                        `sync_bn`: batch-norm statistics of all processes' images, while training
     method.start_step(progress)                        before a batch, and at the end; progress through the schedule, 0 to 1
@@ -17,6 +17,7 @@ and of each part:
 
     part.networks()                                    {name: module} to evaluate; "hard" is the small one
     part.plan                                          the plan that the hard network follows now
+    part.budget                                        what it has to meet in the end
     part.result()                                      the small network with weights of its own
     part.expected_widths(), part.gates_now()           arrays (groups,) and (atoms,) to draw
 

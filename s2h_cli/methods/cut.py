@@ -18,11 +18,12 @@ import torch
 from torch import fx
 
 from .. import distributed
+from ..budget import Budget
 from ..masks import Importance, widths_of, widths_of_scores
 from ..plan import Plan, Space
 from .hard import HardMethod, HardNetwork
 
-Choose = Callable[[Space, float, np.ndarray], Plan]
+Choose = Callable[[Space, Budget, np.ndarray], Plan]
 
 
 class Cut(HardMethod):
@@ -34,9 +35,9 @@ class Cut(HardMethod):
         compile, sync_bn: as in `s2h_cli.methods`.
     """
 
-    def __init__(self, network: fx.GraphModule, space: Space, target: float, *, choose: Choose, at: float,
+    def __init__(self, network: fx.GraphModule, space: Space, budget: Budget, *, choose: Choose, at: float,
                  compile: bool = False, sync_bn: bool = False):
-        self.network, self.space, self.target, self.choose, self.at = network, space, target, choose, at
+        self.network, self.space, self.budget, self.choose, self.at = network, space, budget, choose, at
         weights = dict(network.named_parameters())
         self.importance = Importance(space, weights)
         self.hard = HardNetwork(network, space, weights, compile=compile, sync_bn=sync_bn)
@@ -45,7 +46,7 @@ class Cut(HardMethod):
     def start_step(self, progress: float) -> None:
         if progress >= self.at and not self.is_cut:
             importance = self.importance()
-            keep = torch.from_numpy(self.choose(self.space, self.target, importance.cpu().numpy()).keep)
+            keep = torch.from_numpy(self.choose(self.space, self.budget, importance.cpu().numpy()).keep)
             keep = distributed.same(keep.to(importance.device))  # random numbers are each process's own
             self.hard.follow(Plan(self.space, keep.cpu().numpy()))
             self._stand_still()
@@ -70,23 +71,23 @@ class Cut(HardMethod):
         self.hard.stand_still()
 
 
-def whole(space: Space, target: float, importance: np.ndarray) -> Plan:
+def whole(space: Space, budget: Budget, importance: np.ndarray) -> Plan:
     return Plan.whole(space)
 
 
-def uniform(space: Space, target: float, importance: np.ndarray) -> Plan:
-    return Plan.from_widths(space, widths_of(space, torch.ones(len(space.groups)), target), importance)
+def uniform(space: Space, budget: Budget, importance: np.ndarray) -> Plan:
+    return Plan.from_widths(space, widths_of(space, torch.ones(len(space.groups)), budget), importance)
 
 
-def at_random(space: Space, target: float, importance: np.ndarray) -> Plan:
+def at_random(space: Space, budget: Budget, importance: np.ndarray) -> Plan:
     """From torch's random numbers: those of the step."""
     shares = 0.1 + 0.9 * torch.rand(len(space.groups))
-    return Plan.from_widths(space, widths_of(space, shares, target), torch.rand(space.size).numpy())
+    return Plan.from_widths(space, widths_of(space, shares, budget), torch.rand(space.size).numpy())
 
 
-def by_magnitude(space: Space, target: float, importance: np.ndarray) -> Plan:
+def by_magnitude(space: Space, budget: Budget, importance: np.ndarray) -> Plan:
     means = np.array([max(importance[group.start:group.stop].mean(), 1e-12) for group in space.groups], importance.dtype)
-    return Plan.from_widths(space, widths_of_scores(space, importance / np.repeat(means, space.full), target), importance)
+    return Plan.from_widths(space, widths_of_scores(space, importance / np.repeat(means, space.full), budget), importance)
 
 
 Dense = partial(Cut, choose=whole, at=0.0)

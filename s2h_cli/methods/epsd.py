@@ -21,6 +21,7 @@ from torch import fx
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .. import distributed
+from ..budget import Budget
 from ..masks import gate_reads, widths_of_scores
 from ..plan import Plan, Space
 from ..rebuild import insert_gates
@@ -41,9 +42,9 @@ class Settings:
 class EPSD(HardMethod):
     """Whole for the first steps, then cut. `compile` and `sync_bn` as in `s2h_cli.methods`."""
 
-    def __init__(self, network: fx.GraphModule, space: Space, target: float, settings: Settings = Settings(), *,
+    def __init__(self, network: fx.GraphModule, space: Space, budget: Budget, settings: Settings = Settings(), *,
                  compile: bool = False, sync_bn: bool = False):
-        self.network, self.space, self.target, self.settings = network, space, target, settings
+        self.network, self.space, self.budget, self.settings = network, space, budget, settings
         self.weights = dict(network.named_parameters())
         device = next(network.parameters()).device
         self.gated = insert_gates(network, space).train()  # the loop knows the networks that are evaluated
@@ -57,7 +58,7 @@ class EPSD(HardMethod):
 
     def start_step(self, progress: float) -> None:
         if self.steps == self.settings.scored or progress >= 1 and self.steps < self.settings.scored:
-            self.hard.follow(plan_of_scores(self.space, self.target, distributed.mean(self.scores).cpu().numpy()))
+            self.hard.follow(plan_of_scores(self.space, self.budget, distributed.mean(self.scores).cpu().numpy()))
             self.steps = self.settings.scored
             self.hard.stand_still()
         self.steps += 1
@@ -128,6 +129,6 @@ def class_wise(logits: torch.Tensor, targets: torch.Tensor, temperature: float) 
     return temperature ** 2 * F.kl_div(z.log_softmax(1), theirs.log_softmax(1), reduction="batchmean", log_target=True)
 
 
-def plan_of_scores(space: Space, target: float, scores: np.ndarray) -> Plan:
+def plan_of_scores(space: Space, budget: Budget, scores: np.ndarray) -> Plan:
     """The atoms of greatest score (atoms,), on budget."""
-    return Plan.from_widths(space, widths_of_scores(space, scores, target), scores)
+    return Plan.from_widths(space, widths_of_scores(space, scores, budget), scores)

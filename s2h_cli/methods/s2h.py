@@ -5,7 +5,7 @@ With s, h the logits of soft and hard network, y the target, sg = stop gradient,
     L          task loss of (s, y)                              gradient to the weights through soft, to u through w
     G, step 1  alpha KL(sg(s) || h)                             to the weights through hard, to u through m_hat
     G, step 2  alpha KL(s || sg(h))                             to u alone, through w: never to the weights
-    R          beta (MACs(N) / MACs(full) - target)^2           to u through E
+    R          beta (MACs(N) / MACs(full) - target)^2           to u through E (of several costs, the one furthest over its limit)
 
 m_hat = sg(m - w) + w has value 1 on every kept channel; dropped channels are not computed, so their share of its gradient is
 not either. The paper trains masks to the end. Here the target is ramped over the first part of the schedule, the widths are then
@@ -25,6 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
+from ..budget import Budget
 from ..masks import Importance, Masks, fit_budget, gate_reads, gated, plan_of_ranks
 from ..plan import Space
 from ..rebuild import insert_gates
@@ -39,7 +40,7 @@ class Settings:
     beta: float = 20.0  #: weight of the budget term R
     temperature: float = 1.0  #: T of the width probabilities
     mask_speed: float = 75.0  #: how far Adam can move a width logit in a whole schedule: its learning rate times the steps
-    ramp: float = 0.15  #: share of the schedule over which the target falls from 1 to the budget
+    ramp: float = 0.15  #: share of the schedule over which what is allowed falls from the whole network to the budget
     freeze: float = 0.25  #: share of the schedule after which widths stand still, exactly on budget
     merge: float = 0.4  #: share of the schedule by which w has faded into m, from `freeze` on; then the hard network trains alone
     hears: tuple[str, ...] = ("task", "hard", "mask")  #: the terms whose gradient reaches u, beside R
@@ -53,14 +54,14 @@ TRAINED = Settings(mask_speed=150.0, ramp=0.04, freeze=0.06, merge=0.06)
 class S2H(HardMethod):
     """One soft network over all weights, and the hard network that slices them. `compile` and `sync_bn` as in `s2h_cli.methods`."""
 
-    def __init__(self, network: fx.GraphModule, space: Space, target: float, settings: Settings = Settings(), *,
+    def __init__(self, network: fx.GraphModule, space: Space, budget: Budget, settings: Settings = Settings(), *,
                  compile: bool = False, sync_bn: bool = False):
         self.network = network
         self.soft = insert_gates(network, space)
         if sync_bn:  # in the copy that trains, on the same tensors
             self.soft = nn.SyncBatchNorm.convert_sync_batchnorm(self.soft)
         self.space = space
-        self.target = target
+        self.budget = budget
         self.settings, self.compile = settings, compile
         device = next(network.parameters()).device
         self.masks = Masks(space, settings.temperature).to(device)
@@ -72,7 +73,7 @@ class S2H(HardMethod):
         self.run_soft = runner(self.soft)
         self.mask_optimizer = torch.optim.Adam(self.masks.parameters(), lr=0.0)
         self.progress = 0.0  # at the last step
-        self.budget = 1.0  # the target of this step
+        self.allowed = budget.on_the_way(0.0)  # at this step
         self.ranks = self.importance.ranks()
         self.frozen = False
         self.ladder = torch.ones(space.size, device=device)  # w at the freeze
@@ -86,7 +87,7 @@ class S2H(HardMethod):
         self.mask_optimizer.param_groups[0]["lr"] = self.settings.mask_speed * (progress - self.progress)
         self.progress = progress
         if not self.frozen:
-            self.budget = 1 - (1 - self.target) * min(1.0, progress / self.settings.ramp)
+            self.allowed = self.budget.on_the_way(min(1.0, progress / self.settings.ramp))
             if progress >= self.settings.freeze:
                 self._freeze()
             else:
@@ -124,8 +125,7 @@ class S2H(HardMethod):
                 with torch.no_grad():
                     hard = self.hard.run(self.hard_parameters(), images)
                 terms["mask"] = self.settings.alpha * divergence(soft, hard)
-            macs = self.space.macs.differentiable(self.masks.hard_widths())
-            terms["budget"] = self.settings.beta * (macs / self.space.full_macs - self.budget) ** 2
+            terms["budget"] = self.settings.beta * self.allowed.excess(self.space, self.masks.hard_widths()) ** 2
         return terms
 
     def hard_terms(self, images: torch.Tensor, targets: torch.Tensor, criterion: Callable) -> dict[str, torch.Tensor]:
@@ -202,7 +202,7 @@ class S2H(HardMethod):
     def _freeze(self) -> None:
         self.ranks = self.importance.ranks()
         ladder = self.masks.ladder().cpu().numpy()
-        widths = fit_budget(self.space, list(ladder), self.target)
+        widths = fit_budget(self.space, list(ladder), self.budget)
         self.ladder.copy_(self.masks.keep_probability(self.ranks))
         self.hard.follow(plan_of_ranks(self.space, widths, self.ranks))
         self.frozen = True

@@ -7,6 +7,7 @@ from typing import Any, Callable
 import torch
 from torch import fx
 
+from ..budget import Budget
 from ..plan import Space
 
 
@@ -15,12 +16,12 @@ class Several:
 
     Args:
         part: a method, which is called with the network, the space and a budget.
-        targets: the budgets.
+        budgets: which differ in their MACs.
     """
 
-    def __init__(self, part: Callable, network: fx.GraphModule, space: Space, targets: list[float]):
+    def __init__(self, part: Callable, network: fx.GraphModule, space: Space, budgets: list[Budget]):
         self.network = network
-        self.parts = {f"_{target:g}": part(network, space, target) for target in targets}
+        self.parts = {f"_{budget.flops:g}": part(network, space, budget) for budget in budgets}
         self.turn = -1
 
     @property

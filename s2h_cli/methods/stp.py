@@ -19,6 +19,7 @@ import torch
 from torch import fx, nn
 
 from .. import distributed
+from ..budget import Budget
 from ..depth import shorten, stages
 from ..masks import Importance, plan_of_ranks, widths_of
 from ..plan import Plan, Space
@@ -56,9 +57,9 @@ class STP(HardMethod):
     """The whole network, and subnetworks on slices of its weights: the best one (`hard`), its challenger, and a larger one.
     `compile` and `sync_bn` as in `s2h_cli.methods`."""
 
-    def __init__(self, network: fx.GraphModule, space: Space, target: float, settings: Settings = Settings(), *,
+    def __init__(self, network: fx.GraphModule, space: Space, budget: Budget, settings: Settings = Settings(), *,
                  compile: bool = False, sync_bn: bool = False):
-        self.network, self.space, self.target, self.settings = network, space, target, settings
+        self.network, self.space, self.budget, self.settings = network, space, budget, settings
         self.weights = dict(network.named_parameters())
         self.importance = Importance(space, self.weights)
         self.whole, self.hard, self.challenger, self.larger = (
@@ -145,7 +146,7 @@ class STP(HardMethod):
         """The better of two goes on as the best; a new challenger, and a new larger subnetwork. The same in all processes of a job."""
         groups, deep = len(self.space.groups), len(self.stages)
         if self.steps == 0:
-            self.choices["hard"] = self._on_budget(torch.ones(groups), self.full, self.target)
+            self.choices["hard"] = self._on_budget(torch.ones(groups), self.full, self.budget)
         best, challenger = distributed.mean(self.scores).tolist()
         if challenger < best:
             self.hard, self.challenger = self.challenger, self.hard
@@ -160,15 +161,15 @@ class STP(HardMethod):
             return shares, torch.where(change[groups:-1], (to[groups:-1] * (self.full + 1)).long(), now.depths)
 
         chance = 1.0 if explores else self.settings.change
-        self.choices["challenger"] = self._on_budget(*drawn(draws[0] < chance, draws[1]), self.target)
-        larger = min(1.0, self.target * (1 + (self.settings.growth - 1) * growth))
+        self.choices["challenger"] = self._on_budget(*drawn(draws[0] < chance, draws[1]), self.budget)
+        larger = self.budget.relaxed(1 + (self.settings.growth - 1) * growth)
         self.choices["larger"] = self._on_budget(*drawn(draws[2] < self.settings.change, draws[3]), larger)
         self.scores.zero_()
 
-    def _on_budget(self, shares: torch.Tensor, depths: torch.Tensor, budget: float) -> Subnetwork:
+    def _on_budget(self, shares: torch.Tensor, depths: torch.Tensor, budget: Budget) -> Subnetwork:
         """The subnetwork of these shares and depths; where the blocks that are left cannot fill the budget, the deepest cut stages get theirs back."""
         depths = depths.clone()
-        while (space := self._space(depths)).ratio(space.full) < budget:
+        while budget.exceeds(space := self._space(depths), space.full):
             depths[(self.full - depths).argmax()] += 1
         return Subnetwork(shares, depths, torch.from_numpy(np.where(space.gone, 0, widths_of(space, shares, budget))))
 

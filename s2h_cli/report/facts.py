@@ -6,14 +6,15 @@ from typing import Any
 
 import numpy as np
 
+from ..budget import Budget
 from ..plan import Plan
 
 #: The keys of `s2h inspect --json`.
 KEYS = ("model", "input_size", "macs", "params", "layers", "groups", "frozen")
 
 
-def describe(plan: Plan, model: str, input_size: tuple[int, int, int], target: float | None = None) -> dict[str, Any]:
-    """Facts of a plan; `target` is None for a model that nothing was cut from.
+def describe(plan: Plan, model: str, input_size: tuple[int, int, int], budget: Budget | None = None) -> dict[str, Any]:
+    """Facts of a plan; `budget` is None for a model that nothing was cut from.
 
     MACs are fvcore's, for one image. `layers[i]["params"]` is beside the keys that `s2h inspect --json` promises.
     """
@@ -38,9 +39,10 @@ def describe(plan: Plan, model: str, input_size: tuple[int, int, int], target: f
     return {
         "model": model,
         "input_size": list(input_size),
-        "macs": {"full": int(full_macs.sum()), "pruned": int(macs.sum()), "ratio": plan.ratio, "target": target,
+        "macs": {"full": int(full_macs.sum()), "pruned": int(macs.sum()), "ratio": plan.ratio, "target": budget and budget.flops,
                  "min_ratio": space.min_ratio},
         "params": {"full": int(full_params.sum()), "pruned": int(params.sum()), "ratio": params.sum() / full_params.sum()},
+        "budget": budget and budget.shares,
         "dropped": [block.name for block in space.dropped],
         "layers": layers,
         "groups": [{"name": g.name, "size": g.size, "kept": int(n), "layers": list(g.layers)}

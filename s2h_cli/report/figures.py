@@ -29,7 +29,7 @@ def _epochs(count: int, **more: Any) -> dict[str, Any]:
     return _axis("epoch", tick0=1, dtick=max(1, round(count / 8)), **more)
 
 
-def training(rows: list[dict[str, float]], target: float) -> Figure:
+def training(rows: list[dict[str, float]], target: float | None) -> Figure:
     """Accuracy of soft and hard network, what lies between them, and the ratio, by epoch; `rows` are those of `summary.csv`."""
     epochs = [row["epoch"] for row in rows]
 
@@ -46,8 +46,8 @@ def training(rows: list[dict[str, float]], target: float) -> Figure:
     if any(value is not None for value in mean):
         data.append(line("hard, averaged weights", mean, "var(--group-2)", "y3"))
     data.append(line("ratio", [row.get("ratio") for row in rows], "var(--hard)", "y", showlegend=False))
-    asked = {"type": "line", "xref": "paper", "x0": 0, "x1": 1, "yref": "y", "y0": target, "y1": target, "line": {"color": "var(--muted)", "dash": "dot", "width": 1}}
-    return _figure(data, 520, xaxis=_epochs(len(rows), anchor="y"), shapes=[asked], yaxis=_axis("share of MACs", domain=[0, 0.24], rangemode="tozero"),
+    asked = target and {"type": "line", "xref": "paper", "x0": 0, "x1": 1, "yref": "y", "y0": target, "y1": target, "line": {"color": "var(--muted)", "dash": "dot", "width": 1}}
+    return _figure(data, 520, xaxis=_epochs(len(rows), anchor="y"), shapes=[asked] if asked else [], yaxis=_axis("share of MACs", domain=[0, 0.24], rangemode="tozero"),
                    yaxis2=_axis("gap, points", domain=[0.34, 0.56]), yaxis3=_axis("top-1, %", domain=[0.66, 1]))
 
 

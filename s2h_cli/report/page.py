@@ -48,7 +48,7 @@ def read_run(folder: Path) -> Run:
     """
     plan = artifacts.read_plan(folder)
     home = folder if (folder / "args.yaml").exists() else folder.parent  # of a run with several budgets
-    ending = "" if home == folder else f"_{plan['macs']['target']:g}"
+    ending = "" if home == folder else f"_{plan['budget']['flops']:g}"
     command = earlier(home / "args.yaml").command() if (home / "args.yaml").exists() else ""
     return Run(folder, plan, read_summary(home / "summary.csv", ending), read_table(folder / WIDTHS), read_table(folder / GATES), bench.read(folder), command)
 
@@ -95,7 +95,7 @@ def single(run: Run) -> tuple[str, dict[str, figures.Figure]]:
 
     if run.rows and run.rows[0]["epoch"] > 0:
         chart("training", "Training", "Accuracy of the soft and of the hard network on the validation images, what lies between them, and the share of the MACs that the "
-              "hard network has, after each epoch. Where the soft network ends the two have become one.", figures.training(run.rows, plan["macs"]["target"]))
+              "hard network has, after each epoch. Where the soft network ends the two have become one.", figures.training(run.rows, plan["budget"].get("flops")))
     chart("channels", "Channels that each layer keeps", "In front of those it had. Layers of one colour stay or go together: a residual stream.",
           figures.channels(plan["layers"], plan["groups"]))
     chart("costs", "Cost of each layer", "MACs after, in front of those before.", figures.costs(plan["layers"]))
@@ -120,10 +120,14 @@ def _headline(run: Run) -> str:
     plan, results = run.plan, run.plan.get("results", {})
     macs, params, top1 = plan["macs"], plan["params"], results.get("top1", {})
     size = "x".join(map(str, plan["input_size"]))
+
+    def asked(kind: str) -> str:
+        return f", asked for {plan['budget'][kind]:g}" if kind in plan["budget"] else ""
+
     before = f"from {top1['start']:.2f} % before" if "start" in top1 else f"{len(plan['data']['classes'])} classes"
     cards = [("top-1", _percent(run.top1) + " %" if run.top1 is not None else "not measured", before),
-             ("MACs", quantity(macs["pruned"]), f"{macs['ratio']:.4f} of {quantity(macs['full'])}, asked for {macs['target']:g}"),
-             ("parameters", quantity(params["pruned"]), f"{params['ratio']:.3f} of {quantity(params['full'])}")]
+             ("MACs", quantity(macs["pruned"]), f"{macs['ratio']:.4f} of {quantity(macs['full'])}{asked('flops')}"),
+             ("parameters", quantity(params["pruned"]), f"{params['ratio']:.4f} of {quantity(params['full'])}{asked('params')}")]
     pair = _pair(run)
     if pair:
         timed, place = pair

@@ -7,6 +7,8 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
+from ..budget import KINDS
+
 
 class Watchers:
     """Several watchers as one."""
@@ -51,7 +53,7 @@ class TrainingDisplay:
             self.live.update(
                 self.task, completed=epoch * self.steps + step,
                 description=f"epoch {epoch + 1}/{self.epochs}\nstep {step}/{self.steps}",
-                facts=f"loss {losses}\n{self.accuracy}  ratio {_ratios(facts, 3)} of {self.target}  "
+                facts=f"loss {losses}\n{self.accuracy}  ratio {_ratios(facts, 3)} for {self.target}  "
                       f"{facts['images_per_second']:.0f} img/s")
 
     def epoch(self, row: dict[str, Any], seconds: float) -> None:
@@ -71,4 +73,10 @@ def _accuracies(row: dict[str, Any]) -> str:
 
 
 def _ratios(facts: dict[str, Any], digits: int) -> str:
-    return ",".join(f"{value:.{digits}f}" for name, value in facts.items() if name.startswith("ratio"))
+    """`0.3496`, or for several budgets `0.1499,0.3496`; of other costs behind it, as `0.3712 params 0.2998`."""
+    of_kind: dict[str, list[str]] = {}
+    for name, value in facts.items():
+        if name.startswith("ratio"):
+            kind = next((kind for kind in KINDS if f"_{kind}" in name), "")
+            of_kind.setdefault(kind, []).append(f"{value:.{digits}f}")
+    return " ".join(f"{kind} {','.join(values)}".strip() for kind, values in of_kind.items())

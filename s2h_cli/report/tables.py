@@ -33,7 +33,7 @@ def bar(share: float) -> Text:
 
 def inspection(facts: dict[str, Any]) -> Group:
     """What `s2h inspect` shows: summary, layers, groups, frozen channels."""
-    pruned = facts["macs"]["target"] is not None
+    pruned = facts["budget"] is not None
     parts: list[Any] = [_summary(facts, pruned), _layers(facts, pruned), _groups(facts, pruned)]
     parts.append(_frozen(facts) if facts["frozen"] else Text("Nothing is frozen."))
     return Group(*parts)
@@ -52,8 +52,8 @@ def _summary(facts: dict[str, Any], pruned: bool) -> Text:
     size = "x".join(map(str, facts["input_size"]))
     lines = [f"{facts['model']}  input {size}"]
     if pruned:
-        lines += [f"MACs    {quantity(macs['full'])} → {quantity(macs['pruned'])}   ratio {macs['ratio']:.4f}, target {macs['target']:g}",
-                  f"params  {quantity(params['full'])} → {quantity(params['pruned'])}   ratio {params['ratio']:.4f}"]
+        lines += [f"MACs    {quantity(macs['full'])} → {quantity(macs['pruned'])}   {_ratio(facts, 'flops')}",
+                  f"params  {quantity(params['full'])} → {quantity(params['pruned'])}   {_ratio(facts, 'params')}"]
     else:
         lines += [f"MACs    {quantity(macs['full'])}   smallest reachable ratio {macs['min_ratio']:.4f}",
                   f"params  {quantity(params['full'])}"]
@@ -159,8 +159,8 @@ def closing(result: dict[str, Any]) -> Table:
         name, remark = rows.get(kind, (f"{kind} network", ""))
         if kind != "start":
             table.add_row(f"top-1 %, {name}", _percent(start) if kind == "hard" else "", _percent(accuracy), remark)
-    table.add_row("MACs", quantity(macs["full"]), quantity(macs["pruned"]), f"ratio {macs['ratio']:.4f}, target {macs['target']:g}")
-    table.add_row("parameters", quantity(params["full"]), quantity(params["pruned"]), f"ratio {params['ratio']:.4f}")
+    table.add_row("MACs", quantity(macs["full"]), quantity(macs["pruned"]), _ratio(facts, "flops"))
+    table.add_row("parameters", quantity(params["full"]), quantity(params["pruned"]), _ratio(facts, "params"))
     table.add_row("model.safetensors", f"{result['bytes_before'] / 1e6:.2f} MB", f"{result['bytes_after'] / 1e6:.2f} MB", "")
     timed = {row["network"]: row["timing"]["median"] for row in result["latency"]["rows"] if "timing" in row}
     pair = result["latency"]["pairs"][0]
@@ -172,6 +172,12 @@ def closing(result: dict[str, Any]) -> Table:
     table.caption = f"({CONVENTION})"
     table.caption_justify = "left"
     return table
+
+
+def _ratio(facts: dict[str, Any], kind: str) -> str:
+    """`ratio 0.3496, target 0.35`; without a target where the budget has none."""
+    target = facts["budget"].get(kind)
+    return f"ratio {facts['macs' if kind == 'flops' else kind]['ratio']:.4f}" + (f", target {target:g}" if target is not None else "")
 
 
 def _names(layers: list[str]) -> str:

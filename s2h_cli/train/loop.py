@@ -281,8 +281,9 @@ def networks(method: Any) -> dict[str, nn.Module]:
 
 
 def ratios(method: Any) -> dict[str, float]:
-    """MACs of each hard network as a share of the whole."""
-    return {"ratio" + ending: part.plan.ratio for ending, part in method.parts.items()}
+    """Costs of each hard network as shares of the whole: its MACs ("ratio"), and what else the budget limits ("ratio_params")."""
+    return {("ratio" if kind == "flops" else f"ratio_{kind}") + ending: part.plan.space.share(kind, part.plan.widths)
+            for ending, part in method.parts.items() for kind in {"flops": None, **part.budget.shares}}
 
 
 def evaluate(networks: dict[str, nn.Module], batches: list[torch.Tensor], val: DataLoader, device: torch.device) -> dict[str, float]:

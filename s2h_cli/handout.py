@@ -1,0 +1,115 @@
+"""What lies beside the artifacts of a result, for people without s2h: a script for each format that classifies images, and a model card."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from . import CONVENTION, artifacts
+from .files import writing
+
+SCRIPT = '''"""python {name} IMAGE ...    says what each image shows. Needs {needs}, numpy and pillow."""
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+{imports}
+from PIL import Image
+
+file = str(Path(__file__).with_name("{file}"))
+{load}
+(channels, *size), mean, std = about["input_size"], np.array(about["mean"], np.float32), np.array(about["std"], np.float32)
+for path in sys.argv[1:]:
+    image = Image.open(path).convert("L" if channels == 1 else "RGB")
+    side = int(size[0] / about["crop_pct"])  # of the image's shorter side, from whose middle the input is cut
+    width, height = (side if n == min(image.size) else int(side * n / min(image.size)) for n in image.size)
+    image = image.resize((width, height), getattr(Image.Resampling, about["interpolation"].upper()))
+    left, top = round((width - size[1]) / 2), round((height - size[0]) / 2)
+    pixels = np.asarray(image.crop((left, top, left + size[1], top + size[0])), np.float32).reshape(*size, channels) / 255
+    logits = {run}
+    print(path, about["classes"][int(logits.argmax())])
+'''
+BATCH = "((pixels - mean) / std).transpose(2, 0, 1)[None]"
+
+#: What differs from format to format.
+SCRIPTS = {
+    "onnx": {"needs": "onnxruntime", "imports": "import onnxruntime",
+             "load": 'network = onnxruntime.InferenceSession(file)\nabout = json.loads(network.get_modelmeta().custom_metadata_map["s2h.json"])',
+             "run": f'network.run(None, {{"images": {BATCH}}})[0]'},
+    "torchscript": {"needs": "torch", "imports": "import torch",
+                    "load": 'extra = {"s2h.json": ""}\nnetwork = torch.jit.load(file, _extra_files=extra)\nabout = json.loads(extra["s2h.json"])',
+                    "run": f"network(torch.from_numpy({BATCH}))"},
+    "pt2": {"needs": "torch", "imports": "import torch",
+            "load": 'extra = {"s2h.json": ""}\nnetwork = torch.export.load(file, extra_files=extra).module()\nabout = json.loads(extra["s2h.json"])',
+            "run": f"network(torch.from_numpy({BATCH}))"},
+}
+
+CARD = """---
+library_name: s2h
+pipeline_tag: image-classification
+tags: [image-classification, pruning]
+---
+
+# {model}, {ratio:.3f} of its MACs
+
+A small dense network, cut from {model} in training (method: {method}). It classifies images of {size} px into {count} classes: {classes}.
+
+| | before | after |
+|---|---|---|
+{rows}
+
+{convention}. Accuracy is top-1 on the validation images of `{data}`.
+
+## Use it
+
+Nothing of s2h, and none of the code of the model it was cut from, is needed. Preprocessing and class names are inside each file.
+
+```sh
+{scripts}
+```
+
+With s2h, as an ordinary `torch.nn` network to train on:
+
+```python
+import s2h_cli
+
+model = s2h_cli.load("{folder}")
+```
+
+## How it was made
+
+```sh
+{command}
+```
+
+With {versions}. `plan.json` says what was kept of each layer, `report.html` what happened. Its weights come from those of {model} and from your
+data: their licences hold for it.
+"""
+
+
+def write_handout(folder: Path, data: str, method: str, command: str) -> None:
+    """Writes scripts and card into a run folder with its artifacts."""
+    plan = artifacts.read_plan(folder)
+    with writing(folder) as aside:
+        scripts = []
+        for format, parts in SCRIPTS.items():
+            file = artifacts.EXPORTS[format].file if format in artifacts.EXPORTS else ""
+            if (folder / file).is_file():
+                name = f"infer_{format}.py"
+                (aside / name).write_text(SCRIPT.format(name=name, file=file, **parts))
+                scripts.append(f"python {name} image.jpg".ljust(40) + f"# {parts['needs']}")
+        (aside / "README.md").write_text(card(folder, plan, data, method, command, scripts))
+
+
+def card(folder: Path, plan: dict[str, Any], data: str, method: str, command: str, scripts: list[str]) -> str:
+    macs, params, results, classes = plan["macs"], plan["params"], plan["results"], plan["data"]["classes"]
+    top1 = results["top1"]
+    rows = [("top-1, %", f"{top1['start']:.2f}" if "start" in top1 else "", f"{top1['exported']:.2f}"),
+            ("MACs", f"{macs['full']:,}", f"{macs['pruned']:,}"), ("parameters", f"{params['full']:,}", f"{params['pruned']:,}"),
+            ("weights, MB", f"{results['bytes_before'] / 1e6:.2f}", f"{(folder / artifacts.WEIGHTS).stat().st_size / 1e6:.2f}")]
+    return CARD.format(
+        model=plan["model"], ratio=macs["ratio"], method=method, size="x".join(map(str, plan["input_size"][1:])), count=len(classes),
+        classes=", ".join(classes[:10]) + (", …" if len(classes) > 10 else ""), rows="\n".join(f"| {' | '.join(row)} |" for row in rows),
+        convention=CONVENTION, data=data, scripts="\n".join(scripts), folder=folder, command=command,
+        versions=", ".join(f"{name} {version}" for name, version in plan["versions"].items() if version))
