@@ -40,6 +40,8 @@ WEIGHTS, PLAN = "model.safetensors", "plan.json"
 METADATA = "s2h.json"
 #: The largest difference from the network that `verify` lets pass, relative to the largest logit.
 TOLERANCE = 1e-4
+#: The same where it computes in float16, whose last place is 1e-3 of a number.
+HALF_TOLERANCE = 3e-2
 
 Run = Callable[[torch.Tensor], torch.Tensor]
 
@@ -325,6 +327,17 @@ def save(folder: str | os.PathLike, small: fx.GraphModule, plan_json: dict) -> N
         (aside / WEIGHTS).write_bytes(save_bytes(weights, {"format": "pt"}))
 
 
+def record(folder: Path, results: dict[str, Any]) -> None:
+    """Adds what was measured of a result to its `plan.json`, under `results`: of its `files` each by its name, the rest by its key."""
+    plan = read_plan(folder)
+    known = plan.setdefault("results", {})
+    files = known.get("files", {}) | results.get("files", {})
+    known.update(results)
+    known["files"] = files
+    with writing(folder) as aside:
+        (aside / PLAN).write_text(json.dumps(plan, indent=1, allow_nan=False))
+
+
 def _versions() -> dict[str, str | None]:
     try:
         timm = importlib.metadata.version("timm")
@@ -385,12 +398,22 @@ def load(path: str | os.PathLike) -> fx.GraphModule:
 
 class Program:
     """A network on the CPU, its computed weights folded, and, once it is asked for, its `torch.export` program: both ONNX and pt2
-    are written from that."""
+    are written from that.
 
-    def __init__(self, small: fx.GraphModule):
-        self.model = _cpu_copy(small)
+    Args:
+        small: the network, on any device; it stays as it is.
+        batch: images that it takes at a time; None where any number will do.
+        half: weights and arithmetic in float16; images and logits stay float32.
+        opset: of ONNX; None for the exporter's own.
+    """
+
+    def __init__(self, small: fx.GraphModule, *, batch: int | None = None, half: bool = False, opset: int | None = None):
+        self.model, self.half, self.opset = _cpu_copy(small), half, opset
+        self.model.meta["static_batch"] = self.model.meta["static_batch"] or batch
         _fold_weights(self.model)
         _unfuse_pads(self.model)
+        if half:
+            _halve(self.model)
         self.images = _images(self.model, self.model.meta["static_batch"] or 2)
 
     @cached_property
@@ -423,6 +446,22 @@ def _fold_weights(model: fx.GraphModule) -> None:
                 with model.graph.inserting_before(node):
                     node.replace_input_with(operand, model.graph.get_attr(name))
     model.graph.eliminate_dead_code()
+    model.recompile()
+
+
+def _halve(model: fx.GraphModule) -> None:
+    """Makes the network compute in float16 between images and logits of float32."""
+    model.half()
+    for node in model.graph.nodes:
+        if node.kwargs.get("dtype") == torch.float32:
+            node.update_kwarg("dtype", torch.float16)
+        if node.op == "placeholder":
+            with model.graph.inserting_after(node):
+                cast = model.graph.call_function(torch.ops.aten._to_copy.default, (node,), {"dtype": torch.float16})
+            node.replace_all_uses_with(cast, delete_user_cb=lambda user: user is not cast)
+        elif node.op == "output":
+            with model.graph.inserting_before(node):
+                node.replace_input_with(logits := node.args[0], model.graph.call_function(torch.ops.aten._to_copy.default, (logits,), {"dtype": torch.float32}))
     model.recompile()
 
 
@@ -491,7 +530,10 @@ def _write_onnx(program: Program, file: Path, metadata: str) -> None:
     free = ({0: "batch"},) if program.model.meta["static_batch"] is None else None  # the batch is free already: this names it
     for optimize in (True, False):  # the exporter's own rewriting breaks some networks
         onnx = torch.onnx.export(program.exported, dynamo=True, input_names=["images"], output_names=["logits"], dynamic_shapes=free,
-                                 verbose=False, optimize=optimize)
+                                 verbose=False, optimize=optimize, opset_version=program.opset)
+        written = onnx.model.opset_imports[""]
+        if program.opset not in (None, written):
+            raise RuntimeError(f"the exporter wrote opset {written}, not {program.opset}")
         onnx.model.metadata_props[METADATA] = metadata
         onnx.save(str(file))  # weights inside, unless they are too much for one file
         try:
@@ -582,12 +624,10 @@ def export(small: fx.GraphModule | Program, path: str | os.PathLike, format: str
     Raises:
         UserError: the format is unknown, or its exporter fails.
     """
-    if format not in EXPORTS:
-        raise UserError(f"unknown format {format!r}; choose from {', '.join(EXPORTS)}")
+    name, file = file_of(format), Path(path)
     chosen = EXPORTS[format]
-    file = Path(path)
     if file.is_dir() or not file.suffix:
-        file = file / chosen.file
+        file = file / name
     program = small if isinstance(small, Program) else Program(small)
     with writing(file.parent) as aside:
         try:
@@ -599,6 +639,18 @@ def export(small: fx.GraphModule | Program, path: str | os.PathLike, format: str
                 cause = cause.__cause__
             raise UserError(f"export to {format} failed: {why(cause)}") from error
     return file
+
+
+def file_of(format: str, kind: str = "") -> str:
+    """The name of a format's file: `model.onnx`, or of a kind `model-int8.onnx`.
+
+    Raises:
+        UserError: the format is unknown.
+    """
+    if format not in EXPORTS:
+        raise UserError(f"unknown format {format!r}; choose from {', '.join(EXPORTS)}")
+    stem, ending = EXPORTS[format].file.split(".")
+    return f"{stem}-{kind}.{ending}" if kind else f"{stem}.{ending}"
 
 
 def format_of(path: str | os.PathLike) -> str | None:
@@ -677,24 +729,30 @@ def verify(small: fx.GraphModule, folder: str | os.PathLike, input_size: tuple[i
     Raises:
         UserError: an artifact cannot be loaded or run, or differs by more than `TOLERANCE`.
     """
-    folder, model = Path(folder), _cpu_copy(small)
-    batches = [model.meta["static_batch"]] if model.meta["static_batch"] else [1, 5]
-    images = [_images(model, n, input_size) for n in batches]
-    with torch.no_grad():
-        expected = [model(x) for x in images]
+    folder = Path(folder)
     paths = {WEIGHTS: folder, **{f.file: folder / f.file for f in EXPORTS.values()}}
-    differences = {}
-    for name, path in paths.items():
-        if (folder / name).exists():
-            run = run_artifact(path)
-            try:
-                differences[name] = max(_difference(run(x), logits) for x, logits in zip(images, expected))
-            except Exception as error:  # runtimes raise whatever they like
-                raise UserError(f"{folder / name}: fails on random images: {why(error)}") from error
-            if not differences[name] <= TOLERANCE:
-                raise UserError(f"{folder / name}: its logits differ from the network's by {differences[name]:.1e} "
-                                f"of the largest; at most {TOLERANCE:.0e} is right")
-    return differences
+    return {name: check(small, path, input_size) for name, path in paths.items() if (folder / name).exists()}
+
+
+def check(small: fx.GraphModule, path: Path, input_size: tuple[int, int, int], *, batch: int | None = None, tolerance: float = TOLERANCE) -> float:
+    """Loads one artifact and compares it: see `verify`.
+
+    Args:
+        path: a run folder or an exported file.
+        batch: images that it takes at a time, where that is fixed.
+    """
+    model = _cpu_copy(small)
+    only = batch or model.meta["static_batch"]
+    images = [_images(model, n, input_size) for n in ([only] if only else [1, 5])]
+    run = run_artifact(path)
+    try:
+        with torch.no_grad():
+            difference = max(_difference(run(x), model(x)) for x in images)
+    except Exception as error:  # runtimes raise whatever they like
+        raise UserError(f"{path}: fails on random images: {why(error)}") from error
+    if not difference <= tolerance:
+        raise UserError(f"{path}: its logits differ from the network's by {difference:.1e} of the largest; at most {tolerance:.0e} is right")
+    return difference
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -152,12 +152,19 @@ def inspect(
 def export(
     folder: Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a run.")],
     format: Annotated[str, typer.Option(help="torchscript, onnx, pt2 or all.")] = "all",
+    opset: Annotated[Optional[int], typer.Option(min=1, help="Opset of ONNX. [default: the exporter's]", show_default=False)] = None,
+    batch: Annotated[Optional[int], typer.Option(min=1, help="Fix the number of images. [default: any]", show_default=False)] = None,
+    fp16: Annotated[bool, typer.Option("--fp16", help="Weights and arithmetic in float16; images and logits stay float32.")] = False,
+    int8: Annotated[bool, typer.Option("--int8", help="Quantize to int8, calibrated on training images of --data; ONNX alone.")] = False,
+    data: Annotated[Optional[str], typer.Option(help="Measure the accuracy of each file on the validation images of this data.", show_default=False)] = None,
+    workers: Annotated[int, typer.Option(min=0, help="Processes that load images.")] = 4,
 ) -> None:
     """Write the network of RUN in other formats, load each back and compare."""
     from . import run
 
-    for name, difference in run.export(folder, format).items():
-        print(f"{folder / name}  largest relative difference {difference:.1e}")
+    for name, found in run.export(folder, format, opset=opset, batch=batch, half=fp16, int8=int8, spec=data, workers=workers).items():
+        accuracy = f"  top-1 {found['top1']:.2f} %" if "top1" in found else ""
+        print(f"{folder / name}  {found['bytes'] / 1e6:.2f} MB  largest relative difference {found['difference']:.1e}{accuracy}")
 
 
 @app.command(epilog="Example: s2h push runs/resnet18-f0.35 me/resnet18-small")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import itertools
+import math
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
@@ -27,6 +28,7 @@ from .methods import FROM_TRAINED, METHODS
 from .methods.oneshot import OneShot
 from .methods.several import Several
 from .plan import Plan, Space
+from .quantize import quantize
 from .report import page
 from .report.curves import Curves, check_log, start_log
 from .report.facts import describe
@@ -269,15 +271,16 @@ def finish(config: Config, budget: Budget, folder: Path, ending: str, job: Job, 
         differences = artifacts.verify(small, folder, input_size)
         # Accuracy is measured on the format that shares least code with us, of those that were written.
         checked = next((name for name in ("model.onnx", "model.ts", "model.pt2") if name in differences), "")
-        with data.naming_images(val):
-            exported = top1(artifacts.run_artifact(folder / checked), val, "cpu")
-            # The start's accuracy, where it is one of these classes.
+        exported = accuracy_of(folder / checked, val)
+        with data.naming_images(val):  # the start's accuracy, where it knows these classes
             start = {"start": top1(job.teacher, val, job.device)} if config.teacher == START else {}
         trained = {name.removeprefix("top1_").removesuffix(ending): value for name, value in row.items()
                    if name.startswith("top1_") and name.endswith(ending)}
-        results = {"top1": {**start, **trained, "exported": exported}, "checked": checked, "differences": differences,
+        files = {name: {"difference": difference} for name, difference in differences.items()}
+        files.setdefault(checked, {})["top1"] = exported
+        results = {"top1": {**start, **trained, "exported": exported}, "files": files,
                    "bytes_before": sum(t.numel() * t.element_size() for t in part.network.state_dict().values())}
-        artifacts.save(folder, small, {**plan, "results": results})
+        artifacts.record(folder, results)
         timed = bench.pair(config.model, part.network, str(folder), small, facts["macs"]["ratio"], job.device)
         bench.keep(folder, timed)
         page.write_report(folder)
@@ -305,21 +308,43 @@ def inspect(model: str, *, img_size: int | None = None, divisor: int = 8, exclud
     return {**facts, "notes": [*source.notes, *captured.notes]}
 
 
-def export(folder: Path, format: str) -> dict[str, float]:
-    """Writes the network of a run in one format, or in `all`, and checks every artifact of the folder.
+def export(folder: Path, format: str, *, opset: int | None = None, batch: int | None = None, half: bool = False, int8: bool = False,
+           spec: str | None = None, workers: int = 4) -> dict[str, dict[str, Any]]:
+    """Writes the network of a run in one format, or in `all`, loads each file back and compares; `plan.json` keeps what was found.
+
+    Args:
+        opset, batch, half: see `artifacts.Program`.
+        int8: quantize to int8, calibrated on training images of `spec`; ONNX alone.
+        spec: DATA, on whose validation images each file's accuracy is measured.
 
     Returns:
-        {file name: largest difference relative to the largest logit}.
+        {file name: {difference: the largest, relative to the largest logit, top1: in percent, with `spec`, bytes}}.
 
     Raises:
-        UserError: there is no such run or format, the exporter fails, or an artifact differs.
+        UserError: there is no such run, format or data, the exporter fails, or an artifact differs.
     """
-    formats = list(artifacts.EXPORTS) if format == "all" else [format]
+    if int8 and (spec is None or format not in ("onnx", "all") or half):
+        raise UserError("--int8 needs --data DATA, images to calibrate on, and --format onnx, without --fp16")
+    formats = ["onnx"] if int8 else list(artifacts.EXPORTS) if format == "all" else [format]
     plan, small = artifacts.read_plan(folder), artifacts.load(folder)
-    program = artifacts.Program(small)
-    files = [artifacts.export(program, folder, name, metadata=plan["data"]).name for name in formats]
-    differences = artifacts.verify(small, folder, plan["input_size"])
-    return {name: differences[name] for name in files}
+    splits = loading = None
+    if spec is not None:
+        splits, loading = checked_data(spec, plan["data"], str(folder))
+    program = artifacts.Program(small, batch=batch, half=half, opset=opset)
+    metadata = {**plan["data"], **({"batch": batch} if batch else {})}
+    found = {}
+    for name in formats:
+        file = artifacts.export(program, folder / artifacts.file_of(name, "fp16" if half else ""), name, metadata=metadata)
+        tolerance = artifacts.HALF_TOLERANCE if half else artifacts.TOLERANCE
+        if int8:
+            source, file = file, folder / artifacts.file_of(name, "int8")
+            quantize(source, file, data.make_loader(splits.train, train=False, batch_size=batch or 32, workers=workers, flip=False, **loading), metadata)
+            tolerance = math.inf  # its accuracy says what it is worth
+        found[file.name] = {"difference": artifacts.check(small, file, plan["input_size"], batch=batch, tolerance=tolerance)}
+        if spec is not None:
+            found[file.name]["top1"] = accuracy_of(file, data.make_loader(splits.val, train=False, batch_size=batch or 64, workers=workers, flip=False, **loading))
+    artifacts.record(folder, {"files": found})
+    return {name: {**facts, "bytes": (folder / name).stat().st_size} for name, facts in found.items()}
 
 
 def evaluate(artifact: Path, spec: str, *, batch_size: int, workers: int, val_fraction: float, seed: int) -> tuple[float, int]:
@@ -328,18 +353,41 @@ def evaluate(artifact: Path, spec: str, *, batch_size: int, workers: int, val_fr
     Raises:
         UserError: the artifact or the data cannot be read, or their classes differ.
     """
-    run = artifacts.run_artifact(artifact)
     metadata = artifacts.read_plan(artifact)["data"] if artifact.is_dir() else artifacts.read_metadata(artifact)
     if "classes" not in metadata:
         raise UserError(f"'{artifact}' does not tell its classes and preprocessing: s2h did not write it; give a run or its files")
-    splits = data.open_splits(spec, val_fraction=val_fraction, seed=seed)
-    classes = metadata.pop("classes")
+    splits, loading = checked_data(spec, metadata, str(artifact), val_fraction=val_fraction, seed=seed)
+    val = data.make_loader(splits.val, train=False, batch_size=batch_size, workers=workers, flip=False, **loading)
+    return accuracy_of(artifact, val), len(splits.val)
+
+
+def checked_data(spec: str, metadata: dict[str, Any], name: str, **options: Any) -> tuple[data.Splits, dict[str, Any]]:
+    """DATA that an artifact can be run on, and how its images are prepared.
+
+    Raises:
+        UserError: it cannot be read, or has other classes than the artifact's metadata.
+    """
+    splits = data.open_splits(spec, **options)
+    loading = dict(metadata)
+    classes = loading.pop("classes")
+    loading.pop("batch", None)
     if splits.class_names != classes:
-        raise UserError(f"'{spec}' has other classes ({', '.join(splits.class_names[:5])}, ...) than '{artifact}' "
+        raise UserError(f"'{spec}' has other classes ({', '.join(splits.class_names[:5])}, ...) than '{name}' "
                         f"({', '.join(classes[:5])}, ...); give data of the same classes")
-    val = data.make_loader(splits.val, train=False, batch_size=batch_size, workers=workers, flip=splits.flip, **metadata)
+    return splits, loading
+
+
+def accuracy_of(artifact: Path, val: DataLoader) -> float:
+    """Top-1 in percent of a run folder or an exported file; one of a fixed batch gets the last images again where it lacks some."""
+    run = artifacts.run_artifact(artifact)
+    batch = None if artifact.is_dir() else artifacts.read_metadata(artifact).get("batch")
+
+    def padded(images: torch.Tensor) -> torch.Tensor:
+        parts = [torch.cat([part, part[-1:].expand(batch - len(part), *part.shape[1:])]) for part in images.split(batch)]
+        return torch.cat([run(part) for part in parts])[:len(images)]
+
     with data.naming_images(val):
-        return top1(run, val, "cpu"), len(splits.val)
+        return top1(padded if batch else run, val, "cpu")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

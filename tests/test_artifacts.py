@@ -20,6 +20,7 @@ from s2h_cli.graph import capture
 from s2h_cli.plan import Plan, Space
 from s2h_cli.rebuild import rebuild
 from s2h_cli.source import load_source
+from toy import PRUNE, s2h
 
 SIZE = (3, 32, 32)
 META = {"classes": ["cat", "dog"], "mean": [0.5]}
@@ -427,3 +428,61 @@ def test_what_was_pruned_can_be_pruned_again(tmp_path, name, size):
     again = Space(capture(artifacts.load(tmp_path), source.input_size).network, divisor=1)
     assert again.full_macs == space.macs.total(plan.widths)
     assert sorted(group.size for group in again.groups) == sorted(int(n) for n in plan.widths if n > 1)  # one head is no choice
+
+
+@pytest.fixture
+def result(here, monkeypatch):
+    """A run folder of a network that knows its classes."""
+    with monkeypatch.context() as patch:
+        patch.setattr(artifacts, "EXPORTS", {"onnx": artifacts.EXPORTS["onnx"]})
+        assert s2h(*PRUNE, "--epochs", "4", "-o", "run") == 0
+    return here / "run"
+
+
+def exported(capsys, *options):
+    """What `s2h export` says of each file: {name: top-1 or None}, and what the plan keeps."""
+    capsys.readouterr()
+    assert s2h("export", "run", "--workers", "0", *options) == 0
+    lines = capsys.readouterr().out.strip().splitlines()
+    return {line.split()[0]: float(line.split("top-1")[1].split()[0]) if "top-1" in line else None for line in lines}
+
+
+def test_a_result_in_float16_is_half_as_large_and_right(result, capsys):
+    found = exported(capsys, "--fp16", "--data", "data")
+    plan = artifacts.read_plan(result)
+    assert set(found) == {"run/model-fp16.onnx", "run/model-fp16.ts", "run/model-fp16.pt2"}
+    for path, top1 in found.items():
+        kept = plan["results"]["files"][path.removeprefix("run/")]
+        assert abs(top1 - plan["results"]["top1"]["hard"]) <= 100 / 16 and 0 < kept["difference"] < artifacts.HALF_TOLERANCE  # one of 16 images
+        assert kept["top1"] == pytest.approx(top1, abs=0.005)
+    model = onnx.load(str(result / "model-fp16.onnx"))
+    assert {onnx.TensorProto.DataType.Name(t.data_type) for t in model.graph.initializer} <= {"FLOAT16", "INT64"}
+    assert [onnx.TensorProto.DataType.Name(x.type.tensor_type.elem_type) for x in (*model.graph.input, *model.graph.output)] == ["FLOAT", "FLOAT"]
+    assert "model.onnx" in plan["results"]["files"]  # what was known of other files stays
+
+
+def test_a_result_in_int8_is_calibrated_and_measured(result, capsys):
+    found = exported(capsys, "--int8", "--format", "onnx", "--data", "data")
+    assert set(found) == {"run/model-int8.onnx"} and abs(found["run/model-int8.onnx"] - artifacts.read_plan(result)["results"]["top1"]["hard"]) <= 200 / 16
+    model = onnx.load(str(result / "model-int8.onnx"))
+    assert {"QuantizeLinear", "DequantizeLinear"} <= {node.op_type for node in model.graph.node}
+    assert artifacts.read_metadata(result / "model-int8.onnx")["classes"] == ["dark", "light"]
+    kernels = [t for t in model.graph.initializer if len(t.dims) == 4]
+    assert kernels and all(t.data_type == onnx.TensorProto.INT8 for t in kernels)
+
+
+def test_opset_and_batch_are_those_asked_for(result, capsys):
+    found = exported(capsys, "--format", "onnx", "--opset", "19", "--batch", "3", "--data", "data")  # 16 images: the last batch lacks two
+    model = onnx.load(str(result / "model.onnx"))
+    assert model.opset_import[0].version == 19 and model.graph.input[0].type.tensor_type.shape.dim[0].dim_value == 3
+    assert found["run/model.onnx"] == pytest.approx(artifacts.read_plan(result)["results"]["top1"]["hard"], abs=0.005)
+    assert s2h("eval", "run/model.onnx", "--data", "data", "--workers", "0") == 0
+
+
+@pytest.mark.parametrize("options, words", [(["--int8"], "--data"), (["--int8", "--data", "data", "--format", "pt2"], "--format onnx"),
+                                            (["--format", "tflite"], "choose from"), (["--format", "onnx", "--opset", "3"], "opset"), (["--data", "nowhere"], "nowhere")])
+def test_exports_that_cannot_be_are_one_line(result, capsys, options, words):
+    capsys.readouterr()
+    assert s2h("export", "run", "--workers", "0", *options) == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1 and words in lines[0], lines

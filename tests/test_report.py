@@ -112,5 +112,5 @@ def test_a_folder_without_a_run_is_refused(here, capsys):
 
 def test_what_was_measured_is_in_the_plan(trained):
     results = artifacts.read_plan(trained)["results"]
-    assert set(results["differences"]) == {"model.safetensors", "model.onnx", "model.ts", "model.pt2"}
-    assert results["top1"]["exported"] == pytest.approx(results["top1"]["hard"]) and results["checked"] == "model.onnx"
+    assert set(results["files"]) == {"model.safetensors", "model.onnx", "model.ts", "model.pt2"}
+    assert results["top1"]["exported"] == pytest.approx(results["top1"]["hard"]) == results["files"]["model.onnx"]["top1"]

@@ -186,12 +186,10 @@ def _frozen(plan: dict[str, Any]) -> str:
 
 
 def _files(run: Run) -> str:
-    results = run.plan.get("results", {})
     rows = []
-    for name, difference in results.get("differences", {}).items():
+    for name, found in run.plan.get("results", {}).get("files", {}).items():
         path = run.folder / name
-        checked = _percent(run.top1) if name == results["checked"] else ""
-        rows.append([name, _bytes(path.stat().st_size) if path.exists() else "gone", f"{difference:.1e}", checked])
+        rows.append([name, _bytes(path.stat().st_size) if path.exists() else "gone", f"{found['difference']:.1e}", _percent(found.get("top1"))])
     return ("<h2>Files</h2><p>Each was loaded back; the largest difference from the trained network's logits, relative to the largest of them.</p>"
             + _table(["file", ">size", ">difference", ">top-1, %"], rows))
 

@@ -153,7 +153,8 @@ def closing(result: dict[str, Any]) -> Table:
     facts = result["facts"]
     macs, params = facts["macs"], facts["params"]
     table = _table("Result", "", ">before", ">after", "*")
-    rows = {"ema": ("hard, averaged", "exported where it is better"), "exported": ("exported", result["checked"])}
+    checked = next(name for name, found in result["files"].items() if "top1" in found)
+    rows = {"ema": ("hard, averaged", "exported where it is better"), "exported": ("exported", checked)}
     start = result["top1"].get("start")
     for kind, accuracy in result["top1"].items():
         name, remark = rows.get(kind, (f"{kind} network", ""))
@@ -167,8 +168,9 @@ def closing(result: dict[str, Any]) -> Table:
     if len(timed) == 2:
         before, after = timed[pair["before"]], timed[pair["after"]]
         table.add_row("latency, 1 image", f"{before * 1e3:.3g} ms", f"{after * 1e3:.3g} ms", f"{after / before:.2f} of the time; s2h bench says more")
-    for name, difference in result["differences"].items():
-        table.add_row(name, "", f"{difference:.1e}", "largest difference, relative")
+    for name, found in result["files"].items():
+        if "difference" in found:
+            table.add_row(name, "", f"{found['difference']:.1e}", "largest difference, relative")
     table.caption = f"({CONVENTION})"
     table.caption_justify = "left"
     return table
