@@ -9,7 +9,7 @@ from typing import Any, Callable
 import torch
 from torch import fx, nn
 
-from . import artifacts, hub, latency
+from . import artifacts, hub, latency, lookup
 from .device import pick_device
 from .errors import UserError
 from .files import writing
@@ -50,7 +50,7 @@ def bench(items: list[str], *, formats: list[str], batches: list[int], img_size:
     rows = latency.compare(list(subjects.values()), formats, batches, where, threads, seconds, told)
     for pair in pairs:
         both = [subjects[pair[which]] for which in ("before", "after")]
-        before, after = (latency.by_kind(subject, max(batches), where, threads) for subject in both)
+        before, after = (latency.by_kind(subject.network, max(batches), where, threads) for subject in both)
         pair["kinds"] = {kind: [before.get(kind, 0.0), after.get(kind, 0.0)] for kind in latency.KINDS if kind in before | after}
         pair["reasons"] = reasons(pair, rows, both[1].network)
     found = {"place": latency.describe(where, threads), "rows": rows, "pairs": pairs}
@@ -60,14 +60,14 @@ def bench(items: list[str], *, formats: list[str], batches: list[int], img_size:
     return found
 
 
-def pair(name: str, whole: fx.GraphModule, small_name: str, small: fx.GraphModule, macs: float, device: torch.device) -> dict[str, Any]:
-    """A network and what it was cut to, one image at a time, in eager mode, as short as it can be: data as `bench` returns them, without
-    kinds and reasons."""
+def pair(name: str, whole: fx.GraphModule, small_name: str, small: fx.GraphModule, macs: float, where: lookup.Where,
+         seconds: float) -> dict[str, Any]:
+    """A network and what it was cut to: data as `bench` returns them, without kinds and reasons."""
     subjects = [latency.Subject(f"{name}, {whole.meta['input_size'][-1]} px", whole.meta["input_size"], whole),
                 latency.Subject(small_name, whole.meta["input_size"], small)]
-    rows = latency.compare(subjects, ["eager"], [whole.meta["static_batch"] or 1], device, torch.get_num_threads(), seconds=0)
+    rows = latency.compare(subjects, [where.format], [where.batch], where.device, torch.get_num_threads(), seconds)
     before, after = (subject.name for subject in subjects)
-    return {"place": latency.describe(device, torch.get_num_threads()), "rows": rows,
+    return {"place": latency.describe(where.device, torch.get_num_threads()), "rows": rows,
             "pairs": [{"before": before, "after": after, "macs": macs, "kinds": {}, "reasons": []}]}
 
 

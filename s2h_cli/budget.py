@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from .plan import Space
 
 #: The costs that a budget can limit, by the names of their options, and what they are counted in.
-KINDS = {"flops": "MACs", "params": "parameters"}
+KINDS = {"flops": "MACs", "params": "parameters", "latency": "latency"}
 
 
 @dataclass(frozen=True)
@@ -24,6 +24,7 @@ class Budget:
 
     flops: float | None = None
     params: float | None = None
+    latency: float | None = None
 
     @property
     def shares(self) -> dict[str, float]:
@@ -42,6 +43,10 @@ class Budget:
         worst = max(found, key=lambda kind: float(found[kind].detach()) / self.shares[kind])
         return found[worst] - self.shares[worst]
 
+    def met(self, space: Space, widths: np.ndarray) -> bool:
+        """Whether what can be counted holds; latency is measured."""
+        return replace(self, latency=None).holds(space, widths)
+
     def on_the_way(self, progress: float) -> Budget:
         """From the whole network (0) to this budget (1)."""
         return replace(self, **{kind: 1 - (1 - share) * progress for kind, share in self.shares.items()})
@@ -51,9 +56,9 @@ class Budget:
         return replace(self, **{kind: min(1.0, share * factor) for kind, share in self.shares.items()})
 
     def check(self, space: Space) -> None:
-        """Raises UserError if not even the smallest widths are within it."""
+        """Raises UserError if not even the smallest widths are within it; of latency `lookup` says that."""
         for kind, share in self.shares.items():
-            if (least := space.share(kind, space.least)) > share:
+            if kind != "latency" and (least := space.share(kind, space.least)) > share:
                 raise UserError(f"--{kind} {share:g} cannot be reached: the smallest reachable share is {math.ceil(least * 1e4) / 1e4:.4f}; "
                                 "ask for that or more, or lower --divisor")
 

@@ -43,6 +43,9 @@ def prune(
     flops: Annotated[Optional[str], setting(f"Share of the whole network's MACs that remains, at the training resolution: {CONVENTION}. Several, such as "
                                             "0.15,0.35, give a result each from one run.")] = None,
     params: Annotated[Optional[float], setting("Share of the parameters that remains; with --flops, both hold.")] = None,
+    latency: Annotated[Optional[str], setting("Share of the measured latency that remains, or milliseconds: 0.5, 4ms.")] = None,
+    latency_format: Annotated[Optional[str], setting("eager, torchscript, onnx or openvino: what --latency is measured in.", default=Config.latency_format)] = None,
+    latency_batch: Annotated[Optional[int], setting("Images in a batch that --latency is measured with.", min=1, default=Config.latency_batch)] = None,
     method: Annotated[Optional[str], setting("s2h, stp, epsd, dmp (masks alone); or a control: dense (cuts nothing: a network to start from), uniform, random, magnitude.",
                                              default=Config.method)] = None,
     output: Annotated[Optional[str], setting("Result folder. [default: runs/MODEL-fSHARE, numbered]", "-o", "--output")] = None,
@@ -105,7 +108,7 @@ def train(ctx: typer.Context, **settings: Any) -> None:
 #: The options of `prune`, but for those that say what is cut.
 train.__signature__ = inspect_module.signature(prune, eval_str=True)
 train.__signature__ = train.__signature__.replace(parameters=[option for name, option in train.__signature__.parameters.items()
-                                                              if name not in (*KINDS, "method", "divisor", "exclude", "prune_head_dim")])
+                                                              if name not in (*KINDS, "latency_format", "latency_batch", "method", "divisor", "exclude", "prune_head_dim")])
 train.__annotations__ = {name: option.annotation for name, option in train.__signature__.parameters.items()}
 app.command(epilog="Example: s2h train runs/resnet18-f0.35 --data ./other")(train)
 

@@ -61,6 +61,9 @@ class Config(Recipe):
     data: str
     flops: float | list[float] | None = None  #: share of the MACs that remains, or several
     params: float | None = None  #: share of the parameters that remains
+    latency: str | None = None  #: share of the latency that remains, or milliseconds: "0.5", "4ms"
+    latency_format: str = "eager"
+    latency_batch: int = 1
     method: str = "s2h"
     output: str | None = None
     pretrained: bool = True
@@ -85,7 +88,7 @@ class Config(Recipe):
     def shares(self) -> dict[str, str]:
         """What of which cost may remain, as the options take it."""
         found = {kind: [f"{share:g}" for budget in self.budgets if (share := budget.shares.get(kind)) is not None] for kind in KINDS}
-        return {kind: ",".join(dict.fromkeys(values)) for kind, values in found.items() if values}
+        return {kind: ",".join(dict.fromkeys(values)) for kind, values in found.items() if values} | ({"latency": self.latency} if self.latency else {})
 
     def command(self, *extra: str) -> str:
         """The command line that asks for this run."""
@@ -119,13 +122,15 @@ def configure(given: dict[str, Any], recipe: str | None = None, file: Path | Non
     settings |= given
     if settings.get("method") == "dense":
         settings |= {kind: given.get(kind) for kind in KINDS} | {"flops": given.get("flops", 1.0)}  # not an earlier run's
-    if settings.get("flops") is None and settings.get("params") is None:
-        settings.pop("flops", None)
+    limited = any(settings.get(kind) is not None for kind in KINDS)
     for name, example in (("model", "resnet50"), ("data", "--data ./imagenet"), ("flops", "--flops 0.35")):
-        if name not in settings and not (name == "flops" and "params" in settings):
+        if not limited if name == "flops" else name not in settings:
             raise UserError(f"no {name} is given; name it, such as {example}, or a --config FILE that has it")
     if isinstance(settings.get("flops"), list):  # of a file
         settings["flops"] = ",".join(f"{budget:g}" for budget in settings["flops"])
+    if settings.get("latency") is not None:
+        settings["latency"] = str(settings["latency"])  # a number, of a file
+        latency_share(settings["latency"], 1.0)
     if isinstance(settings.get("flops"), str):
         settings["flops"] = _budgets(settings["flops"])
     return Config(**settings)
@@ -140,6 +145,18 @@ def _budgets(text: str) -> float | list[float]:
     if len({f"{budget:g}" for budget in budgets}) < len(budgets):
         raise UserError(f"--flops {text} names a budget twice; give different ones")
     return budgets if len(budgets) > 1 else budgets[0]
+
+
+def latency_share(text: str, whole: float) -> float:
+    """`0.5`, or `4ms` of a network that takes `whole` seconds, as a share.
+
+    Raises:
+        UserError: it is neither.
+    """
+    try:
+        return float(text.removesuffix("ms")) / (1e3 * whole if text.endswith("ms") else 1)
+    except ValueError:
+        raise UserError(f"--latency {text} is no share and no time; give a number such as 0.5, or milliseconds such as 4ms") from None
 
 
 def write(config: Config, folder: Path) -> None:

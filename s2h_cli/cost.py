@@ -127,6 +127,7 @@ class CostModel:
     term_owner: np.ndarray  # (terms,) into counts
     term_factors: np.ndarray  # (terms, m) into widths
     counts: int
+    products: list[list[tuple[float, list[Count]]]]  # of each row, as it was built
     _on_device: dict[torch.device, list[torch.Tensor]] = field(default_factory=dict)
 
     @classmethod
@@ -138,7 +139,7 @@ class CostModel:
         terms = [(coefficient, list(factors), i) for count, i in index.items() for coefficient, factors in count.terms]
         return cls(groups, len(rows), np.array([p[0] for p in products], float), np.array([p[2] for p in products], int),
                    _padded([p[1] for p in products], len(index)), np.array([t[0] for t in terms], float),
-                   np.array([t[2] for t in terms], int), _padded([t[1] for t in terms], groups), len(index))
+                   np.array([t[2] for t in terms], int), _padded([t[1] for t in terms], groups), len(index), rows)
 
     def only(self, rows: np.ndarray) -> "CostModel":
         """The same rows, of which those that are not in the boolean array (rows,) cost nothing."""

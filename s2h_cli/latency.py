@@ -43,13 +43,21 @@ class Timing:
     high: float
     blocks: int
 
+    @classmethod
+    def of(cls, blocks: list[float]) -> Timing:
+        low, median, high = statistics.quantiles(blocks, n=4)
+        return cls(median, low, high, len(blocks))
 
-def interleaved(calls: dict[str, Call], seconds: float, threads: int) -> dict[str, Timing]:
+
+def interleaved(calls: dict[str, Call], seconds: float, threads: int) -> dict[str, list[float]]:
     """Times calls in turn, for about `seconds` in all, after a warm-up of each.
 
     Args:
         calls: what to time, by name.
         threads: of torch's operators on the CPU.
+
+    Returns:
+        For each, seconds a call of each block; the i-th blocks of all were timed one after the other.
     """
     timers = {name: Timer("call()", globals={"call": call}, num_threads=threads) for name, call in calls.items()}
     once = {name: min(timer.timeit(2).mean for _ in range(2)) for name, timer in timers.items()}
@@ -59,12 +67,7 @@ def interleaved(calls: dict[str, Call], seconds: float, threads: int) -> dict[st
     while time.perf_counter() < ends or any(len(found[name]) < LEAST_BLOCKS for name in timers):
         for name in sorted(timers, reverse=len(found[next(iter(timers))]) % 2):  # each is first as often as last
             found[name].append(timers[name].timeit(number[name]).mean)
-    return {name: Timing(statistics.median(found[name]), *_quartiles(found[name]), len(found[name])) for name in calls}
-
-
-def _quartiles(values: list[float]) -> tuple[float, float]:
-    low, _, high = statistics.quantiles(values, n=4)
-    return low, high
+    return found
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -193,8 +196,8 @@ def compare(subjects: list[Subject], formats: list[str], batches: list[int], dev
         told: is told what is being timed.
 
     Returns:
-        A row, plain data, for each format, batch and network that offers the format: {format, batch, network, timing}, a `Timing` as dict, or
-        {format, batch, network, failed}, the reason in one line.
+        A row, plain data, for each format, batch and network that offers the format: {format, batch, network, timing, share}, a `Timing` as
+        dict and the share of the first network's time (median over pairs of blocks), or {format, batch, network, failed}, the reason in one line.
     """
     rows = []
     with tempfile.TemporaryDirectory() as aside, torch.inference_mode(), artifacts.quiet(), _threads(threads):
@@ -213,11 +216,18 @@ def compare(subjects: list[Subject], formats: list[str], batches: list[int], dev
                     except Exception as error:  # compilers and runtimes raise whatever they like
                         calls.pop(subject.name, None)
                         failed[subject.name] = str(error) if isinstance(error, UserError) else why(error)
-                found = {name: {"timing": asdict(timing)} for name, timing in interleaved(calls, seconds, threads).items()} if calls else {}
+                timed = interleaved(calls, seconds, threads) if calls else {}
+                found = {name: {"timing": asdict(Timing.of(blocks)), "share": _paired(blocks, timed[first])} for name, blocks in timed.items()
+                         for first in list(timed)[:1]}
                 found |= {name: {"failed": reason} for name, reason in failed.items()}
                 rows += [{"format": format, "batch": batch, "network": s.name, **found[s.name]} for s in subjects if s.name in found]
                 torch._dynamo.reset()
     return rows
+
+
+def _paired(blocks: list[float], first: list[float]) -> float:
+    """How long a network takes, as a share of the first one: the median over blocks that were timed one after the other."""
+    return statistics.median(own / others for own, others in zip(blocks, first))
 
 
 @contextmanager
@@ -245,33 +255,48 @@ KINDS: dict[str, Callable[[nn.Module | None, str], bool]] = {
 }
 
 
+def kind_of(network: fx.GraphModule, node: fx.Node) -> str:
+    """The key of `KINDS` for a node that computes something."""
+    layer = network.get_submodule(node.target) if node.op == "call_module" else None
+    name = getattr(node.target, "__name__", str(node.target))
+    return next(kind for kind, holds in KINDS.items() if holds(layer, name))
+
+
 class _Clocked(fx.Interpreter):
-    """Runs a network node by node, and adds up the seconds of each kind."""
+    """Runs a network node by node, and keeps the seconds of each that computes something."""
 
     def __init__(self, network: fx.GraphModule):
         super().__init__(network)
-        self.seconds: dict[str, float] = defaultdict(float)
+        self.seconds: dict[str, float] = {}
 
     def run_node(self, n: fx.Node) -> Any:
         started = time.perf_counter()
         out = super().run_node(n)
         if isinstance(out, torch.Tensor) and out.is_cuda:
             torch.cuda.synchronize(out.device)
-        layer = self.fetch_attr(n.target) if n.op == "call_module" else None
         if n.op not in ("placeholder", "get_attr", "output"):
-            name = getattr(n.target, "__name__", str(n.target))
-            self.seconds[next(kind for kind, holds in KINDS.items() if holds(layer, name))] += time.perf_counter() - started
+            self.seconds[n.name] = time.perf_counter() - started
         return out
 
 
-def by_kind(subject: Subject, batch: int, device: torch.device, threads: int, rounds: int = 5) -> dict[str, float]:
-    """Seconds that one batch spends in each kind of operator, in eager mode: the median over rounds."""
+def by_node(network: fx.GraphModule, batch: int, device: torch.device, threads: int, rounds: int) -> dict[str, float]:
+    """Seconds that one batch spends in each operator, in eager mode, by the name of its node: the median over rounds, after one to warm up."""
     found: dict[str, list[float]] = defaultdict(list)
-    network, images = subject.module(device), torch.randn(batch, *subject.input_size, device=device)
+    network = to_device(copy.deepcopy(network), device).eval()
+    images = torch.randn(batch, *network.meta["input_size"], device=device)
     with torch.inference_mode(), _threads(threads):
-        for _ in range(rounds + 1):
+        for i in range(rounds + 1):
             clocked = _Clocked(network)
             clocked.run(images)
-            for kind, seconds in clocked.seconds.items():
-                found[kind].append(seconds)
-    return {kind: statistics.median(found[kind][1:]) for kind in KINDS if kind in found}
+            for name, seconds in clocked.seconds.items() if i else ():
+                found[name].append(seconds)
+    return {name: statistics.median(seconds) for name, seconds in found.items()}
+
+
+def by_kind(network: fx.GraphModule, batch: int, device: torch.device, threads: int, rounds: int = 5) -> dict[str, float]:
+    """The same by kind of operator."""
+    nodes = {node.name: node for node in network.graph.nodes}
+    found: dict[str, float] = defaultdict(float)
+    for name, seconds in by_node(network, batch, device, threads, rounds).items():
+        found[kind_of(network, nodes[name])] += seconds
+    return {kind: found[kind] for kind in KINDS if kind in found}

@@ -13,6 +13,7 @@ Ranks order a group's atoms by importance, the norm of the weights that write an
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -21,6 +22,10 @@ from torch import nn
 from . import distributed
 from .budget import Budget
 from .plan import Plan, Space
+
+
+#: How near to a latency asked for the clock must find a network, as shares of it; what is aimed at; and how often it is tried.
+NEAR, AIM, TRIES = (0.97, 1.0), 0.985, 8
 
 
 class Masks(nn.Module):
@@ -144,7 +149,8 @@ def plan_of_ranks(space: Space, widths: np.ndarray, ranks: torch.Tensor) -> Plan
 def fit_budget(space: Space, value: list[np.ndarray], budget: Budget) -> np.ndarray:
     """Widths that meet a budget exactly: it holds, and would not if any group were one step wider.
 
-    Starts at the smallest widths and takes the most valuable step that still fits, until none fits.
+    Starts at the smallest widths and takes the most valuable step that still fits, until none fits. Latency is what the space's clock
+    says: what the model of it is allowed is changed until the network that is found takes the time asked for, within `NEAR`.
 
     Args:
         value: for each group, for each candidate width, what the step up to it is worth; falling along a group.
@@ -156,6 +162,25 @@ def fit_budget(space: Space, value: list[np.ndarray], budget: Budget) -> np.ndar
         UserError: not even the smallest widths are within the budget.
     """
     budget.check(space)
+    if budget.latency is None:
+        return _fitted(space, value, budget)
+    allowed, slope = budget.latency, 1.0  # slope: how the clock follows what is allowed, in logarithms
+    tried: list[tuple[float, float, np.ndarray]] = []
+    for _ in range(TRIES):
+        widths = _fitted(space, value, replace(budget, latency=allowed))
+        if tried and np.array_equal(widths, tried[-1][2]):  # another limit, or the step of a width, allows no other
+            break
+        share = space.clock(widths) / budget.latency
+        if tried and share != tried[-1][1]:
+            slope = min(4.0, max(0.25, math.log(share / tried[-1][1]) / math.log(allowed / tried[-1][0])))
+        tried.append((allowed, share, widths))
+        if NEAR[0] <= share <= NEAR[1]:
+            break
+        allowed *= (AIM / share) ** (1 / slope)
+    return min(tried, key=lambda found: abs(found[1] - AIM))[2]
+
+
+def _fitted(space: Space, value: list[np.ndarray], budget: Budget) -> np.ndarray:
     widths = space.least.copy()
     steps = sorted((-float(value[i][k]), k, i) for i, g in enumerate(space.groups) for k in range(1, len(g.candidates)))
     full = set()

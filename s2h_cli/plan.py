@@ -13,7 +13,7 @@ import math
 from collections import Counter
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Iterator
+from typing import Any, Callable, Iterator
 
 import numpy as np
 from torch import fx
@@ -84,7 +84,8 @@ class Space:
             of the buffer that `rebuild.insert_gates` makes for each.
         writes: (parameter, dim) that make one: where importance is read.
         layers, macs, parameters: the counted operators, and the cost models by layer and by parameter.
-        costs: the cost models by the kinds of `budget.KINDS`.
+        costs: the cost models by the kinds of `budget.KINDS`; "latency" where it is measured (`lookup.add_latency`).
+        clock: measures the share of the latency that widths (groups,) have; None where there is none.
         dropped: blocks that the network is without (`depth.Block`); what was in them has no cost.
         gone: (groups,) of which groups nothing is left.
         whole: the space with no block dropped.
@@ -114,6 +115,7 @@ class Space:
         self.gates = {f"gate_{i}": use for i, use in enumerate(computed)}
         self.writes = [(name, dim) for name, dim in self._written if self.params[name][dim] is not None]
         self.gone = np.zeros(len(self.groups), bool)
+        self.clock: Callable[[np.ndarray], float] | None = None
         self.frozen = self._frozen(labelled)
         self.unknown = labelled.unknown
         self._count(network, labelled)
@@ -136,10 +138,6 @@ class Space:
         """Parts of every dimension that takes a gate, by (parameter or inserted gate, dim)."""
         return {**{(name, dim): self.params[name][dim] for name, dim in self.reads},
                 **{(name, use.dim): self.tensors[use.operand.name][0][use.dim] for name, use in self.gates.items()}}
-
-    @property
-    def costs(self) -> dict[str, CostModel]:
-        return {"flops": self.macs, "params": self.parameters}
 
     @cached_property
     def full_costs(self) -> dict[str, int]:
@@ -173,6 +171,7 @@ class Space:
         out.gone = np.array([not any(name in parameters or f"{name}.weight" in parameters for name in group.layers) for group in self.groups])
         out.macs = self.macs.only(np.array([layer.node in nodes for layer in self.layers]))
         out.parameters = self.parameters.only(np.array([name in parameters for name in self.parameter_names]))
+        out.costs = {"flops": out.macs, "params": out.parameters}
         return out
 
     # -- construction ---------------------------------------------------------------------------------------------
@@ -289,19 +288,10 @@ class Space:
         return True
 
     def _count(self, network: fx.GraphModule, labelled: Labelled) -> None:
-        cache: dict[int, Count] = {}
+        known: dict[int, Count] = {}
 
         def product(constant: float, axes: list) -> tuple[float, list[Count]]:
-            fixed, counts = constant, []
-            for size, dim in axes:
-                parts = self._parts(dim)
-                if parts is None:
-                    fixed *= size
-                else:
-                    if id(dim) not in cache:
-                        cache[id(dim)] = self._polynomial(parts)
-                    counts.append(cache[id(dim)])
-            return fixed, counts
+            return self.product(constant, [(size, self._parts(dim)) for size, dim in axes], known)
 
         self.macs = CostModel.build(len(self.groups), [[product(*p) for p in products] for _, products in self._calls])
         self.layers = [Layer(x.node, x.name, x.kind, self._channels(x.inputs), self._channels(x.outputs)) for x, _ in self._calls]
@@ -310,6 +300,20 @@ class Space:
         self.parameters = CostModel.build(len(self.groups), [
             [product(1, list(zip(t.shape, t.dims)))] for t in owned.values()])
         self.parameter_names = list(owned)
+        self.costs = {"flops": self.macs, "params": self.parameters}
+
+    def product(self, constant: float, axes: list[tuple[int, np.ndarray | None]], known: dict[int, Count]) -> tuple[float, list[Count]]:
+        """A constant times the number of kept indices of each axis, given as (size, parts): what `CostModel.build` takes. `known`: counts of
+        parts that are alive, by identity."""
+        counts = []
+        for size, parts in axes:
+            if parts is None:
+                constant *= size
+            else:
+                if id(parts) not in known:
+                    known[id(parts)] = self._polynomial(parts)
+                counts.append(known[id(parts)])
+        return constant, counts
 
     def _channels(self, axis: tuple[int, Dim]) -> np.ndarray | int:
         parts = self._parts(axis[1])

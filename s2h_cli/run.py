@@ -2,28 +2,32 @@
 
 from __future__ import annotations
 
+import copy
 import csv
 import itertools
+import json
 import math
 from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Iterator, NamedTuple
 
 import torch
 from rich.console import Console
-from torch import nn
+from torch import fx, nn
 from torch.utils.data import DataLoader
 
-from . import artifacts, bench, data, distributed, hub
+from . import artifacts, bench, data, distributed, hub, lookup
 from .budget import KINDS, Budget
-from .config import Config, resumed, write
+from .config import Config, latency_share, resumed, write
 from .cost import count_macs
 from .device import pick_device
 from .errors import UserError
 from .files import writing
 from .graph import capture, to_device
 from .handout import write_handout
+from .latency import FORMATS
 from .methods import FROM_TRAINED, METHODS
 from .methods.oneshot import OneShot
 from .methods.several import Several
@@ -45,8 +49,10 @@ from .train.recipe import check, default_lr, flag
 EPOCHS = {"digits": 20}
 IMG_SIZE = {"digits": 32}
 DEFAULT_EPOCHS = 100
+#: What `--latency` measured, in the folder of a run.
+LATENCY = "latency.json"
 #: The least value of settings that count something.
-LEAST = {"epochs": 0, "workers": 0, "warmup_epochs": 0, "img_size": 1, "divisor": 1, "checkpoint_every": 1}
+LEAST = {"epochs": 0, "workers": 0, "warmup_epochs": 0, "img_size": 1, "divisor": 1, "checkpoint_every": 1, "latency_batch": 1}
 
 
 def prune(config: Config, console: Console, *, resume: bool = False, dry_run: bool = False) -> list[dict[str, Any]]:
@@ -73,7 +79,7 @@ def prune(config: Config, console: Console, *, resume: bool = False, dry_run: bo
         folder = Path(distributed.from_first(str(new_folder(config) if distributed.RANK == 0 else "")))
     last = folder / "checkpoints" / "last"
     state = checkpoint.load(last) if resume and last.exists() else None
-    job = prepare(config, device, console, resuming=state is not None)
+    job = prepare(config, device, console, folder if resume else None, resuming=state is not None)
     if dry_run:
         if config.epochs:
             try_step(job.method, job.train, config, len(job.classes), job.teacher)
@@ -81,6 +87,8 @@ def prune(config: Config, console: Console, *, resume: bool = False, dry_run: bo
         return []
     if distributed.RANK == 0 and not resume:
         write(config, folder)
+        if job.latency:
+            (folder / LATENCY).write_text(json.dumps(asdict(job.latency)))
         distributed.remember("folder", str(folder))
     config.output = str(folder)
     try:
@@ -89,7 +97,7 @@ def prune(config: Config, console: Console, *, resume: bool = False, dry_run: bo
         if distributed.RANK > 0:
             return []
         return [finish(config, budget, folder_of(folder, ending), ending, job, row, console)
-                for budget, ending in zip(config.budgets, job.method.parts)]
+                for budget, ending in zip(job.budgets, job.method.parts)]
     except KeyboardInterrupt:
         kept = "the last checkpoint is kept" if last.exists() else "no epoch was finished"
         raise UserError(f"stopped; {kept}, go on with: {config.command('--resume')}") from None
@@ -99,6 +107,8 @@ class Job(NamedTuple):
     """All that a training needs, made from the settings. `loading` are the arguments of `data.make_loader` that every loader shares."""
 
     method: Any
+    budgets: list[Budget]
+    latency: lookup.Table | None
     teacher: nn.Module | None
     splits: data.Splits
     loading: dict[str, Any]
@@ -117,7 +127,11 @@ def check_settings(config: Config) -> None:
         raise UserError(f"no --method {config.method}; choose from {', '.join(METHODS)}")
     if config.epochs == 0 and config.method != "s2h":
         raise UserError(f"--epochs 0 trains nothing: it cuts once, by importance; leave --method {config.method} away, or train for some epochs")
-    if config.method == "dense" and config.budgets != [Budget(flops=1.0)]:
+    if config.latency_format not in FORMATS:
+        raise UserError(f"no --latency-format {config.latency_format}; choose from {', '.join(FORMATS)}")
+    if config.method == "stp" and config.latency:
+        raise UserError("--method stp explores more networks than can be timed: it takes no --latency; choose another method")
+    if config.method == "dense" and (config.latency or config.budgets != [Budget(flops=1.0)]):
         raise UserError(f"--method dense cuts nothing; leave {asked(config)} away")
     if config.method != "s2h" and len(config.budgets) > 1:
         raise UserError(f"--flops {config.shares['flops']} names several budgets, which --method s2h alone trains in one run; give one")
@@ -133,8 +147,8 @@ def check_settings(config: Config) -> None:
         raise UserError(f"--batch-size {config.batch_size} cannot be shared by {distributed.WORLD} processes; give a multiple of their number")
 
 
-def prepare(config: Config, device: torch.device, console: Console, resuming: bool) -> Job:
-    """Model and data to method and loaders. What `config` leaves to model and data is filled in."""
+def prepare(config: Config, device: torch.device, console: Console, folder: Path | None, resuming: bool) -> Job:
+    """Model and data to method and loaders. What `config` leaves to model and data is filled in. `folder`: of a run that goes on."""
     splits = data.open_splits(config.data, val_fraction=config.val_fraction, seed=config.seed, skip_bad_images=config.skip_bad_images)
     classes = splits.class_names
     config.img_size = config.img_size or IMG_SIZE.get(config.data)
@@ -153,7 +167,8 @@ def prepare(config: Config, device: torch.device, console: Console, resuming: bo
     if config.channels_last:
         network = network.to(memory_format=torch.channels_last)
     space = Space(network, tuple(config.exclude), config.divisor, config.prune_head_dim)
-    for budget in config.budgets:
+    budgets, table = limit(config, space, network, device, folder, console)
+    for budget in budgets:
         budget.check(space)
     preprocessing = dict(input_size=source.input_size, mean=source.mean, std=source.std, interpolation=source.interpolation,
                          crop_pct=data.kept_crop(source.input_size, source.crop_pct))
@@ -166,13 +181,35 @@ def prepare(config: Config, device: torch.device, console: Console, resuming: bo
     console.print(f"{source.name} on {config.data}: {len(splits.train)} training and {len(splits.val)} validation images, "
                   f"{len(classes)} classes, input {'x'.join(map(str, source.input_size))}, {device}{processes}", soft_wrap=True)
     limits = [f"{share} of {quantity(space.full_costs[kind])} {KINDS[kind]}, smallest reachable {space.share(kind, space.least):.4f}"
-              for kind, share in config.shares.items()]
+              for kind, share in config.shares.items() if kind != "latency"]
     console.print(f"{len(space.groups)} groups, {space.size} prunable channels and heads; target {'; '.join(limits)}", soft_wrap=True)
 
     methods = FROM_TRAINED if config.teacher == START else METHODS
     kind = partial(methods[config.method], compile=config.compile, sync_bn=config.sync_bn) if config.epochs else OneShot
-    method = kind(network, space, config.budgets[0]) if len(config.budgets) == 1 else Several(kind, network, space, config.budgets)
-    return Job(method, teacher, splits, loading, preprocessing, loader, device)
+    method = kind(network, space, budgets[0]) if len(budgets) == 1 else Several(kind, network, space, budgets)
+    return Job(method, budgets, table, teacher, splits, loading, preprocessing, loader, device)
+
+
+def limit(config: Config, space: Space, network: fx.GraphModule, device: torch.device, folder: Path | None,
+          console: Console) -> tuple[list[Budget], lookup.Table | None]:
+    """The budgets; with `--latency` after it was measured, or read from the folder of a run that goes on, and what was measured.
+
+    Raises:
+        UserError: the latency cannot be had.
+    """
+    if config.latency is None:
+        return config.budgets, None
+    where = lookup.Where(config.latency_format, config.latency_batch, device)
+    with console.status(f"measuring latency in {where.format}, batch {where.batch}"):
+        known = lookup.Table(**json.loads((folder / LATENCY).read_text())) if folder and (folder / LATENCY).exists() else None
+        table = lookup.add_latency(to_device(copy.deepcopy(network), "cpu"), space, where, known)
+    share, least = latency_share(config.latency, table.whole), table.least / table.whole
+    if not least <= share < 1:
+        raise UserError(f"--latency {config.latency} cannot be reached: the whole network takes {table.whole * 1e3:.3g} ms, the smallest {table.least * 1e3:.3g} ms, a share of {least:.3f}; "
+                        "ask for something between, or lower --divisor")
+    console.print(f"latency of {where.batch} image{'s' * (where.batch > 1)} in {where.format}: {table.whole * 1e3:.3g} ms; target {share:.3g} of it, smallest {least:.3g}; "
+                  f"the model by layer is {table.error:.0%} off on average", soft_wrap=True)
+    return [replace(budget, latency=share) for budget in config.budgets], table
 
 
 def pick_teacher(config: Config, source: Source, network: nn.Module, loader: DataLoader, classes: list[str], device: torch.device,
@@ -257,7 +294,7 @@ def finish(config: Config, budget: Budget, folder: Path, ending: str, job: Job, 
     small = to_device(part.result(), "cpu").eval()
     facts = describe(part.plan, config.model, input_size, budget)
     counted = sum(count_macs(small, input_size).values())
-    if counted != facts["macs"]["pruned"] or not budget.holds(part.plan.space, part.plan.widths):
+    if counted != facts["macs"]["pruned"] or not budget.met(part.plan.space, part.plan.widths):
         raise RuntimeError(f"the plan says {facts['macs']}, fvcore counts {counted}: please report this")
     plan = {**facts, "kept_indices": part.plan.by_group(), "data": {**job.preprocessing, "classes": job.classes}}
     with console.status("writing and checking artifacts"):
@@ -270,18 +307,21 @@ def finish(config: Config, budget: Budget, folder: Path, ending: str, job: Job, 
                 failed.append(str(error))
         differences = artifacts.verify(small, folder, input_size)
         # Accuracy is measured on the format that shares least code with us, of those that were written.
-        checked = next((name for name in ("model.onnx", "model.ts", "model.pt2") if name in differences), "")
-        exported = accuracy_of(folder / checked, val)
+        checked = next(name for name in ("model.onnx", "model.ts", "model.pt2", artifacts.WEIGHTS) if name in differences)
+        exported = accuracy_of(folder if checked == artifacts.WEIGHTS else folder / checked, val)
         with data.naming_images(val):  # the start's accuracy, where it knows these classes
             start = {"start": top1(job.teacher, val, job.device)} if config.teacher == START else {}
         trained = {name.removeprefix("top1_").removesuffix(ending): value for name, value in row.items()
                    if name.startswith("top1_") and name.endswith(ending)}
         files = {name: {"difference": difference} for name, difference in differences.items()}
-        files.setdefault(checked, {})["top1"] = exported
+        files[checked]["top1"] = exported
         results = {"top1": {**start, **trained, "exported": exported}, "files": files,
                    "bytes_before": sum(t.numel() * t.element_size() for t in part.network.state_dict().values())}
         artifacts.record(folder, results)
-        timed = bench.pair(config.model, part.network, str(folder), small, facts["macs"]["ratio"], job.device)
+        timed = bench.pair(config.model, part.network, str(folder), small, facts["macs"]["ratio"],
+                           lookup.Where(config.latency_format, config.latency_batch, job.device), lookup.SECONDS if job.latency else 0)
+        if job.latency:  # as it was measured when the widths were chosen
+            timed["pairs"][0]["share"] = part.plan.space.clock(part.plan.widths)
         bench.keep(folder, timed)
         page.write_report(folder)
         write_handout(folder, config.data, config.method, config.command())

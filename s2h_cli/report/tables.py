@@ -167,10 +167,11 @@ def closing(result: dict[str, Any]) -> Table:
     pair = result["latency"]["pairs"][0]
     if len(timed) == 2:
         before, after = timed[pair["before"]], timed[pair["after"]]
-        table.add_row("latency, 1 image", f"{before * 1e3:.3g} ms", f"{after * 1e3:.3g} ms", f"{after / before:.2f} of the time; s2h bench says more")
+        row, target = result["latency"]["rows"][0], facts["budget"].get("latency")
+        asked = f"ratio {pair['share']:.4f}, target {target:.4g}" if target else f"{after / before:.2f} of the time; s2h bench says more"
+        table.add_row(f"latency, batch {row['batch']}, {row['format']}", f"{before * 1e3:.3g} ms", f"{after * 1e3:.3g} ms", asked)
     for name, found in result["files"].items():
-        if "difference" in found:
-            table.add_row(name, "", f"{found['difference']:.1e}", "largest difference, relative")
+        table.add_row(name, "", f"{found['difference']:.1e}", "largest difference, relative")
     table.caption = f"({CONVENTION})"
     table.caption_justify = "left"
     return table
