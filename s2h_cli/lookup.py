@@ -11,7 +11,6 @@ network that it found against the whole one, and tries again until the two agree
 
 from __future__ import annotations
 
-import statistics
 from dataclasses import asdict, dataclass
 
 import numpy as np
@@ -26,8 +25,8 @@ from .rebuild import rebuild
 
 #: Networks of random widths that are measured, beside the whole one; and rounds of each, operator by operator.
 NETWORKS, ROUNDS = 15, 7
-#: Seconds for timing a network against the whole one, and how often that is done where it counts.
-SECONDS, TIMES = 1.0, 5
+#: Seconds for timing a network against the whole one.
+SECONDS = 5.0
 #: Of coordinate descent.
 SWEEPS = 2000
 NANO = 1e9
@@ -56,9 +55,8 @@ class Where:
         return {row["network"]: (row["timing"]["median"], row["share"]) for row in rows}
 
     def share(self, whole: fx.GraphModule, small: fx.GraphModule) -> float:
-        """Latency of `small` as a share of that of `whole`: the median of `TIMES` measurements. In all processes the first one's."""
-        found = [self.times({"whole": whole, "small": small}, SECONDS)["small"][1] for _ in range(TIMES)] if distributed.RANK == 0 else []
-        return distributed.from_first(statistics.median(found) if found else None)
+        """Latency of `small` as a share of that of `whole`, measured in pairs. In all processes the first one's."""
+        return distributed.from_first(self.times({"whole": whole, "small": small}, SECONDS)["small"][1] if distributed.RANK == 0 else None)
 
 
 @dataclass(frozen=True)
@@ -117,7 +115,7 @@ def measure(network: fx.GraphModule, space: Space, where: Where) -> Table:
                                                                     for small in networks.values())])
     coefficients = np.array([_nonnegative(x[:, i], alone[:, i]) for i in range(len(nodes))])
 
-    together = where.times(networks, SECONDS * len(networks))
+    together = where.times(networks, SECONDS * len(networks) / 5)
     seconds = np.array([share for _, share in together.values()]) * together["0"][0]
     # What each feature of each kind of operator takes in the format.
     kinds = np.array([latency.kind_of(network, node) for node in network.graph.nodes if node.name in features])
