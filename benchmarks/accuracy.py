@@ -93,8 +93,9 @@ ROWS = {
     **{f"{name} = cost": Row(name, cost="s2h") for name in CONTROLS},
     **{f"{name}, not taught": Row(name, taught=False) for name in ("s2h", "stp", "dmp", *CONTROLS)},
 }
-#: What each part of S2H gives: run when they are named.
+#: What training on gives the whole network, and what each part of S2H gives: run when they are named.
 ABLATIONS = {
+    "dense": Row("dense"),
     "s2h, u without L": Row(settings={"hears": ("hard", "mask")}),
     "s2h, u without m_hat": Row(settings={"hears": ("task", "mask")}),
     "s2h, u without step 2": Row(settings={"hears": ("task", "hard")}),
