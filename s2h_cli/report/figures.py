@@ -66,7 +66,7 @@ def _bars(layers: list[str], bars: list[dict], title: str, **layout: Any) -> Fig
 
 def channels(layers: list[dict], groups: list[dict]) -> Figure:
     """Output channels that each layer keeps, in front of those it had; layers of a group that ties several are coloured alike."""
-    shown = [layer for layer in layers if _has_channels(layer)]
+    shown = [layer for layer in layers if _counts(layer) and layer["params"][1]]  # attention has no channels of its own
     tied = [group for group in groups if len(group["layers"]) > 1]
     colour = {name: GROUP_COLOURS[i % len(GROUP_COLOURS)] for i, group in enumerate(tied) for name in group["layers"]}
     of_group = {name: group["name"] for group in groups for name in group["layers"]}
@@ -81,7 +81,7 @@ def channels(layers: list[dict], groups: list[dict]) -> Figure:
 
 def costs(layers: list[dict]) -> Figure:
     """MACs of each layer, before and after."""
-    shown = [layer for layer in layers if _has_channels(layer)]
+    shown = [layer for layer in layers if _counts(layer)]
     at = list(range(len(shown)))
     hover = [f"{layer['name']}<br>{layer['macs'][1]:,} → {layer['macs'][0]:,} MACs" for layer in shown]
     common = {"type": "bar", "orientation": "h", "y": at, "text": hover, "textposition": "none", "hovertemplate": "%{text}<extra></extra>"}
@@ -90,7 +90,8 @@ def costs(layers: list[dict]) -> Figure:
     return _bars([layer["name"] for layer in shown], [before, after], "MACs")
 
 
-def _has_channels(layer: dict) -> bool:
+def _counts(layer: dict) -> bool:
+    """Whether it is worth a row: norms and poolings have the channels of what is before them, and next to no MACs."""
     return "norm" not in layer["kind"] and "pool" not in layer["kind"]
 
 

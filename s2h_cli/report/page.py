@@ -132,7 +132,7 @@ def _headline(run: Run) -> str:
     if pair:
         timed, place = pair
         cards.append((f"latency, batch {timed['batch']}", f"{timed['after'] * 1e3:.3g} ms", f"{timed['after'] / timed['before']:.2f} of {timed['before'] * 1e3:.3g} ms, "
-                      f"{timed['format']}, {place}"))
+                      f"{timed['format']}, {place}{asked('latency')}"))
     weights = run.folder / artifacts.WEIGHTS
     cards.append(("weights on disk", _bytes(weights.stat().st_size), f"from {_bytes(results['bytes_before'])}" if "bytes_before" in results else ""))
     shown = "".join(f'<div class="card"><div class="what">{_safe(what)}</div><div class="value">{_safe(value)}</div><div class="from">{_safe(source)}</div></div>'
