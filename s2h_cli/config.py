@@ -70,7 +70,7 @@ class Config(Recipe):
     weights: str | None = None
     teacher: str | None = None
     img_size: int | None = None
-    divisor: int = 8
+    divisor: int | str = 8  #: "auto": the one that pays on this device, measured
     exclude: list[str] = field(default_factory=list)
     prune_head_dim: bool = False
     val_fraction: float = 0.1
@@ -128,6 +128,10 @@ def configure(given: dict[str, Any], recipe: str | None = None, file: Path | Non
             raise UserError(f"no {name} is given; name it, such as {example}, or a --config FILE that has it")
     if isinstance(settings.get("flops"), list):  # of a file
         settings["flops"] = ",".join(f"{budget:g}" for budget in settings["flops"])
+    if isinstance(divisor := settings.get("divisor"), str) and divisor != "auto":
+        if not divisor.isdigit():
+            raise UserError(f"--divisor {divisor} is no number; give one such as 8, or auto")
+        settings["divisor"] = int(divisor)
     if settings.get("latency") is not None:
         settings["latency"] = str(settings["latency"])  # a number, of a file
         latency_share(settings["latency"], 1.0)

@@ -18,8 +18,10 @@ import torch
 from torch import fx
 
 from . import distributed, latency
+from .budget import Budget
 from .cost import CostModel, Count
 from .errors import UserError
+from .masks import widths_of
 from .plan import Plan, Space
 from .rebuild import rebuild
 
@@ -27,6 +29,8 @@ from .rebuild import rebuild
 NETWORKS, ROUNDS = 15, 7
 #: Seconds for timing a network against the whole one.
 SECONDS = 5.0
+#: The divisors that `--divisor auto` tries, and how much slower than the best a smaller one may be.
+DIVISORS, PAYS = (4, 8, 16, 32), 0.03
 #: Of coordinate descent.
 SWEEPS = 2000
 NANO = 1e9
@@ -98,6 +102,29 @@ def add_latency(network: fx.GraphModule, space: Space, where: Where, known: Tabl
 
     space.clock = clock
     return table
+
+
+def best_divisor(network: fx.GraphModule, spaces: dict[int, Space], budget: Budget, where: Where) -> tuple[int, dict[int, float]]:
+    """The least divisor that pays: at which a network on budget is at most `PAYS` slower for its MACs than at the best one.
+
+    Args:
+        spaces: of the network, by divisor.
+        budget: what the networks that are timed are cut to, at the same share of every group.
+
+    Returns:
+        The divisor, and for each the time for its MACs, as a share of the whole network's. In all processes those that the first one measured.
+    """
+    found = None
+    if distributed.RANK == 0:
+        networks, macs = {"whole": network}, {}
+        for divisor, space in spaces.items():
+            widths = widths_of(space, torch.ones(len(space.groups)), budget)
+            networks[str(divisor)] = rebuild(network, Plan.from_widths(space, widths, np.zeros(space.size)))
+            macs[divisor] = space.ratio(widths)
+        times = where.times(networks, SECONDS * len(networks) / 2)
+        found = {divisor: times[str(divisor)][1] / macs[divisor] for divisor in spaces}
+    found = distributed.from_first(found)
+    return min(divisor for divisor, time in found.items() if time <= min(found.values()) * (1 + PAYS)), found
 
 
 def measure(network: fx.GraphModule, space: Space, where: Where) -> Table:

@@ -136,7 +136,7 @@ def check_settings(config: Config) -> None:
     if config.method != "s2h" and len(config.budgets) > 1:
         raise UserError(f"--flops {config.shares['flops']} names several budgets, which --method s2h alone trains in one run; give one")
     for name, least in LEAST.items():
-        if getattr(config, name) is not None and getattr(config, name) < least:
+        if getattr(config, name) not in (None, "auto") and getattr(config, name) < least:
             raise UserError(f"{flag(name)} is {getattr(config, name)}; give {least} or more")
     for kind, share in (item for budget in config.budgets for item in budget.shares.items()):
         if not 0 < share < 1 and config.method != "dense":
@@ -166,6 +166,8 @@ def prepare(config: Config, device: torch.device, console: Console, folder: Path
     network = to_device(captured.network, device)
     if config.channels_last:
         network = network.to(memory_format=torch.channels_last)
+    if config.divisor == "auto":
+        config.divisor = pick_divisor(config, network, device, console)
     space = Space(network, tuple(config.exclude), config.divisor, config.prune_head_dim)
     budgets, table = limit(config, space, network, device, folder, console)
     for budget in budgets:
@@ -188,6 +190,19 @@ def prepare(config: Config, device: torch.device, console: Console, folder: Path
     kind = partial(methods[config.method], compile=config.compile, sync_bn=config.sync_bn) if config.epochs else OneShot
     method = kind(network, space, budgets[0]) if len(budgets) == 1 else Several(kind, network, space, budgets)
     return Job(method, budgets, table, teacher, splits, loading, preprocessing, loader, device)
+
+
+def pick_divisor(config: Config, network: fx.GraphModule, device: torch.device, console: Console) -> int:
+    """The channel multiple that pays on this device, at the tightest budget of MACs, or half of them."""
+    spaces = {divisor: Space(network, tuple(config.exclude), divisor, config.prune_head_dim) for divisor in lookup.DIVISORS}
+    asked = min((budget.flops or 0.5 for budget in config.budgets), default=0.5)
+    budget = Budget(flops=max(asked, *(space.min_ratio for space in spaces.values())))
+    where = lookup.Where(config.latency_format, config.latency_batch, device)
+    with console.status("measuring which channel multiple pays"):
+        divisor, found = lookup.best_divisor(to_device(copy.deepcopy(network), "cpu"), spaces, budget, where)
+    times = ", ".join(f"{divisor}: {time:.2f}" for divisor, time in found.items())
+    console.print(f"divisor {divisor}: time for the MACs in {where.format} at batch {where.batch}, of the whole network's, {times}", soft_wrap=True)
+    return divisor
 
 
 def limit(config: Config, space: Space, network: fx.GraphModule, device: torch.device, folder: Path | None,

@@ -7,7 +7,7 @@ import pytest
 import torch
 from s2h_cli import artifacts, latency, lookup
 from s2h_cli.budget import Budget
-from s2h_cli.cost import CostModel
+from s2h_cli.cost import CostModel, count_macs
 from s2h_cli.graph import capture
 from s2h_cli.masks import NEAR, fit_budget
 from s2h_cli.plan import Space
@@ -134,3 +134,25 @@ def test_a_latency_that_cannot_be_had_is_one_line(here, formula, capsys, options
     assert s2h(*LATENCY, *options, "--epochs", "1") == 2
     lines = capsys.readouterr().err.strip().splitlines()
     assert len(lines) == 1 and words in lines[0], lines
+
+
+@pytest.mark.parametrize("penalty, expected", [({}, 4), ({4: 0.1}, 8), ({4: 0.1, 8: 0.1}, 16), ({4: 0.02, 8: 0.02}, 4)])
+def test_the_least_divisor_that_pays_is_taken(here, monkeypatch, capsys, penalty, expected):
+    """Time is that of the MACs, and a share more at some divisors."""
+
+    def times(self, networks, seconds):
+        macs = {name: sum(count_macs(network, (3, 16, 16)).values()) for name, network in networks.items()}
+        return {name: (n, n / macs["whole"] * (1 + penalty.get(int(name) if name.isdigit() else 0, 0.0))) for name, n in macs.items()}
+
+    monkeypatch.setattr(lookup.Where, "times", times)
+    monkeypatch.setattr(artifacts, "EXPORTS", {})
+    options = [word for word in PRUNE if word not in ("--divisor", "2")]
+    assert s2h(*options, "--divisor", "auto", "--epochs", "0", "-o", "run") == 0
+    assert f"divisor {expected}: time for the MACs" in capsys.readouterr().out
+    assert f"divisor: {expected}" in (here / "run" / "args.yaml").read_text()  # a run that goes on has the same
+
+
+def test_a_divisor_that_is_none(here, capsys):
+    options = [word for word in PRUNE if word not in ("--divisor", "2")]
+    assert s2h(*options, "--divisor", "eight") == 2 and "or auto" in capsys.readouterr().err
+    assert s2h(*options, "--divisor", "0") == 2 and "--divisor" in capsys.readouterr().err
