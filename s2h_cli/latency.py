@@ -62,11 +62,12 @@ def interleaved(calls: dict[str, Call], seconds: float, threads: int) -> dict[st
     timers = {name: Timer("call()", globals={"call": call}, num_threads=threads) for name, call in calls.items()}
     once = {name: min(timer.timeit(2).mean for _ in range(2)) for name, timer in timers.items()}
     number = {name: max(1, math.ceil(BLOCK_SECONDS / each)) for name, each in once.items()}
-    found: dict[str, list[float]] = defaultdict(list)
-    ends = time.perf_counter() + seconds
+    found: dict[str, list[float]] = {name: [] for name in timers}
+    order, ends = list(timers), time.perf_counter() + seconds
     while time.perf_counter() < ends or any(len(found[name]) < LEAST_BLOCKS for name in timers):
-        for name in sorted(timers, reverse=len(found[next(iter(timers))]) % 2):  # each is first as often as last
+        for name in order:
             found[name].append(timers[name].timeit(number[name]).mean)
+        order.reverse()  # each is first as often as last
     return found
 
 
