@@ -744,14 +744,14 @@ def check(small: fx.GraphModule, path: Path, input_size: tuple[int, int, int], *
     model = _cpu_copy(small)
     only = batch or model.meta["static_batch"]
     images = [_images(model, n, input_size) for n in ([only] if only else [1, 5])]
-    run = run_artifact(path)
+    run, name = run_artifact(path), path / WEIGHTS if path.is_dir() else path
     try:
         with torch.no_grad():
             difference = max(_difference(run(x), model(x)) for x in images)
     except Exception as error:  # runtimes raise whatever they like
-        raise UserError(f"{path}: fails on random images: {why(error)}") from error
+        raise UserError(f"{name}: fails on random images: {why(error)}") from error
     if not difference <= tolerance:
-        raise UserError(f"{path}: its logits differ from the network's by {difference:.1e} of the largest; at most {tolerance:.0e} is right")
+        raise UserError(f"{name}: its logits differ from the network's by {difference:.1e} of the largest; at most {tolerance:.0e} is right")
     return difference
 
 

@@ -32,8 +32,8 @@ def test_a_run_writes_all_it_promises(here, capsys):
     out = capsys.readouterr().out
     run = here / "runs" / "net-f0.4"
     assert sorted(p.name for p in run.iterdir()) == [
-        "args.yaml", "bench.json", "checkpoints", "gates.csv", "model.onnx", "model.pt2", "model.safetensors", "model.ts", "plan.json", "report.html",
-        "summary.csv", "tensorboard", "widths.csv"]
+        "README.md", "args.yaml", "bench.json", "checkpoints", "gates.csv", "infer_onnx.py", "infer_pt2.py", "infer_torchscript.py", "model.onnx",
+        "model.pt2", "model.safetensors", "model.ts", "plan.json", "report.html", "summary.csv", "tensorboard", "widths.csv"]
     assert [p.name for p in (run / "checkpoints").iterdir()] == ["last"]
     rows = list(csv.DictReader((run / "summary.csv").open()))
     assert [row["epoch"] for row in rows] == ["1", "2", "3", "4"]
@@ -105,7 +105,8 @@ def test_excluded_layers_stay_whole(here):
 
 def test_interrupting_keeps_the_checkpoint_and_says_how_to_go_on(here):
     command = [sys.executable, "-m", "s2h_cli", *PRUNE, "--epochs", "500", "-o", "out"]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, env=dict(os.environ))
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, env=dict(os.environ),
+                               preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))  # a shell's background job ignores it
     deadline = time.time() + 120
     while not (here / "out" / "checkpoints" / "last").exists() and time.time() < deadline:
         time.sleep(0.1)

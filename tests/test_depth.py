@@ -9,6 +9,7 @@ import torch
 import torchvision
 from torch import nn
 
+from s2h_cli.budget import Budget
 from s2h_cli.cost import count_macs
 from s2h_cli.depth import shorten, stages, without
 from s2h_cli.graph import capture
@@ -74,7 +75,7 @@ def test_macs_and_parameters_are_those_of_what_is_left(case):
         small = rebuild(without(network, blocks), plan)
         assert sum(count_macs(small, SIZE).values()) == short.macs.total(widths)
         assert sum(p.numel() for p in small.parameters()) == short.parameters.total(widths)
-        facts = describe(plan, "model", SIZE, 0.5)
+        facts = describe(plan, "model", SIZE, Budget(flops=0.5))
         assert facts["macs"]["full"] == space.full_macs and facts["macs"]["pruned"] == short.macs.total(widths)
         inside = [layer for layer in facts["layers"] if any(layer["name"].startswith(name + ".") for name in facts["dropped"])]
         assert inside and all(layer["macs"][0] == layer["in"][0] == layer["out"][0] == layer["params"][0] == 0 for layer in inside)
