@@ -287,7 +287,7 @@ def watching(config: Config, folder: Path, method: Any, steps: int, done: int, c
         return
     start_log(config, folder)
     with ExitStack() as stack:
-        display = stack.enter_context(TrainingDisplay(console, config.epochs, steps, asked(config), done))
+        display = stack.enter_context(TrainingDisplay(console, config.epochs, steps, done))
         curves = [stack.enter_context(Curves(folder_of(folder, ending), part, steps, done, ending)) for ending, part in method.parts.items()]
         yield Watchers([display, *curves])
 

@@ -28,9 +28,9 @@ class Watchers:
 class TrainingDisplay:
     """The loop's watcher. Use as a context manager around the training."""
 
-    def __init__(self, console: Console, epochs: int, steps: int, target: str, done: int = 0):
+    def __init__(self, console: Console, epochs: int, steps: int, done: int = 0):
         self.console = console
-        self.epochs, self.steps, self.target = epochs, steps, target
+        self.epochs, self.steps = epochs, steps
         self.accuracy = "soft – hard –"
         self.live = None
         if console.is_terminal:
@@ -53,7 +53,7 @@ class TrainingDisplay:
             self.live.update(
                 self.task, completed=epoch * self.steps + step,
                 description=f"epoch {epoch + 1}/{self.epochs}\nstep {step}/{self.steps}",
-                facts=f"loss {losses}\n{self.accuracy}  ratio {_ratios(facts, 3)} for {self.target}  "
+                facts=f"loss {losses}\n{self.accuracy}  ratio {_ratios(facts, 3)}  "
                       f"{facts['images_per_second']:.0f} img/s")
 
     def epoch(self, row: dict[str, Any], seconds: float) -> None:
