@@ -11,7 +11,10 @@ sys.path.insert(0, str(Path(__file__).parent))
 torch.set_num_threads(1)
 warnings.filterwarnings("ignore", category=FutureWarning)
 
+from s2h_cli import latency  # noqa: E402
 from toy import MODEL  # noqa: E402
+
+latency.BLOCK_SECONDS = 0.001  # no test waits for a timing that is good
 
 
 @pytest.fixture
