@@ -168,7 +168,7 @@ def closing(result: dict[str, Any]) -> Table:
     if len(timed) == 2:
         before, after = timed[pair["before"]], timed[pair["after"]]
         row, target = result["latency"]["rows"][0], facts["budget"].get("latency")
-        asked = f"ratio {pair['share']:.4f}, target {target:.4g}" if target else f"{after / before:.2f} of the time; s2h bench says more"
+        asked = f"ratio {pair['share']:.4f}, target {target:.4g}" if target else f"{after / before:.2f} of the time (s2h bench)"
         table.add_row(f"latency, batch {row['batch']}, {row['format']}", f"{before * 1e3:.3g} ms", f"{after * 1e3:.3g} ms", asked)
     for name, found in result["files"].items():
         table.add_row(name, "", f"{found['difference']:.1e}", "largest difference, relative")
