@@ -411,7 +411,7 @@ def summary(path: Path) -> str:
     for (scenario, flops, name), rows in sorted(cells.items(), key=lambda cell: (cell[0][:2], -mean(cell[1], "hard"))):
         ours = {row["seed"]: float(row["hard"]) for row in cells[scenario, flops, "s2h"]}
         above = [ours[row["seed"]] - float(row["hard"]) for row in rows if row["seed"] in ours and name != "s2h"]
-        shown = [f"{mean(rows, c):.{d}f}" if rows[0][c] else "" for c, d in (("soft", 2), ("gap", 2), ("js", 4), ("l2", 2), ("units", 1), ("seconds", 0))]
+        shown = [f"{mean(rows, c):.{d}f}" if any(row[c] for row in rows) else "" for c, d in (("soft", 2), ("gap", 2), ("js", 4), ("l2", 2), ("units", 1), ("seconds", 0))]
         lines.append(f"| {scenario} | {flops} | {name} | {len(rows)} | {rows[0]['epochs']} | {with_error([float(row['hard']) for row in rows])} | "
                      f"{with_error(above) if above else ''} | {' | '.join(shown)} |")
     return "\n".join(lines)
@@ -423,7 +423,7 @@ def with_error(values: list[float]) -> str:
 
 
 def mean(rows: list[dict[str, str]], column: str) -> float:
-    return statistics.mean(float(row[column]) for row in rows)
+    return statistics.mean(float(row[column]) for row in rows if row[column])
 
 
 if __name__ == "__main__":
