@@ -408,7 +408,7 @@ class Program:
     """
 
     def __init__(self, small: fx.GraphModule, *, batch: int | None = None, half: bool = False, opset: int | None = None):
-        self.model, self.half, self.opset = _cpu_copy(small), half, opset
+        self.model, self.opset = _cpu_copy(small), opset
         self.model.meta["static_batch"] = self.model.meta["static_batch"] or batch
         _fold_weights(self.model)
         _unfuse_pads(self.model)
@@ -731,28 +731,32 @@ def verify(small: fx.GraphModule, folder: str | os.PathLike, input_size: tuple[i
     """
     folder = Path(folder)
     paths = {WEIGHTS: folder, **{f.file: folder / f.file for f in EXPORTS.values()}}
-    return {name: check(small, path, input_size) for name, path in paths.items() if (folder / name).exists()}
+    return check(small, {name: path for name, path in paths.items() if (folder / name).exists()}, input_size)
 
 
-def check(small: fx.GraphModule, path: Path, input_size: tuple[int, int, int], *, batch: int | None = None, tolerance: float = TOLERANCE) -> float:
-    """Loads one artifact and compares it: see `verify`.
+def check(small: fx.GraphModule, paths: dict[str, Path], input_size: tuple[int, int, int], *, batch: int | None = None,
+          tolerance: float = TOLERANCE) -> dict[str, float]:
+    """Loads artifacts and compares them: see `verify`.
 
     Args:
-        path: a run folder or an exported file.
-        batch: images that it takes at a time, where that is fixed.
+        paths: run folders or exported files, by name.
+        batch: images that they take at a time, where that is fixed.
     """
     model = _cpu_copy(small)
     only = batch or model.meta["static_batch"]
     images = [_images(model, n, input_size) for n in ([only] if only else [1, 5])]
-    run, name = run_artifact(path), path / WEIGHTS if path.is_dir() else path
-    try:
-        with torch.no_grad():
-            difference = max(_difference(run(x), model(x)) for x in images)
-    except Exception as error:  # runtimes raise whatever they like
-        raise UserError(f"{name}: fails on random images: {why(error)}") from error
-    if not difference <= tolerance:
-        raise UserError(f"{name}: its logits differ from the network's by {difference:.1e} of the largest; at most {tolerance:.0e} is right")
-    return difference
+    with torch.no_grad():
+        expected = [model(x) for x in images]
+    differences = {}
+    for name, path in paths.items():
+        run, file = run_artifact(path), path / WEIGHTS if path.is_dir() else path
+        try:
+            differences[name] = max(_difference(run(x), logits) for x, logits in zip(images, expected))
+        except Exception as error:  # runtimes raise whatever they like
+            raise UserError(f"{file}: fails on random images: {why(error)}") from error
+        if not differences[name] <= tolerance:
+            raise UserError(f"{file}: its logits differ from the network's by {differences[name]:.1e} of the largest; at most {tolerance:.0e} is right")
+    return differences
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -110,11 +110,16 @@ def whole_network(plan: dict[str, Any]) -> fx.GraphModule:
     return capture(source.module, source.input_size).network
 
 
+def medians(pair: dict[str, Any], rows: list[dict[str, Any]]) -> dict[tuple[str, int], tuple[float, float]]:
+    """Seconds before and after, by format and batch, where both were timed."""
+    median = {(row["format"], row["batch"], row["network"]): row["timing"]["median"] for row in rows if "timing" in row}
+    return {(format, batch): (median[format, batch, pair["before"]], after) for (format, batch, name), after in median.items()
+            if name == pair["after"] and (format, batch, pair["before"]) in median}
+
+
 def shares(pair: dict[str, Any], rows: list[dict[str, Any]]) -> dict[tuple[str, int], float]:
     """Time after / time before, by format and batch."""
-    median = {(row["format"], row["batch"], row["network"]): row["timing"]["median"] for row in rows if "timing" in row}
-    return {(format, batch): time / median[format, batch, pair["before"]] for (format, batch, name), time in median.items()
-            if name == pair["after"] and (format, batch, pair["before"]) in median}
+    return {where: after / before for where, (before, after) in medians(pair, rows).items()}
 
 
 def reasons(pair: dict[str, Any], rows: list[dict[str, Any]], small: fx.GraphModule) -> list[str]:

@@ -61,7 +61,3 @@ class Budget:
             if kind != "latency" and (least := space.share(kind, space.least)) > share:
                 raise UserError(f"--{kind} {share:g} cannot be reached: the smallest reachable share is {math.ceil(least * 1e4) / 1e4:.4f}; "
                                 "ask for that or more, or lower --divisor")
-
-    def __str__(self) -> str:
-        """As options: `--flops 0.35 --params 0.3`."""
-        return " ".join(f"--{kind} {share:g}" for kind, share in self.shares.items())

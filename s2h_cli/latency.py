@@ -126,7 +126,7 @@ class Subject:
 
     def module(self, device: torch.device) -> nn.Module:
         """A copy on the device."""
-        return to_device(copy.deepcopy(self.network), device).eval()
+        return _copy_on(self.network, device)
 
     def file(self, format: str, folder: Path) -> Path:
         if format not in self.files:
@@ -135,6 +135,10 @@ class Subject:
             own.mkdir(exist_ok=True)
             self.files[format] = artifacts.export(self._program, own, format)
         return self.files[format]
+
+
+def _copy_on(network: fx.GraphModule, device: torch.device) -> fx.GraphModule:
+    return to_device(copy.deepcopy(network), device).eval()
 
 
 def _eager(subject: Subject, images: torch.Tensor, place: Place) -> Call:
@@ -283,7 +287,7 @@ class _Clocked(fx.Interpreter):
 def by_node(network: fx.GraphModule, batch: int, device: torch.device, threads: int, rounds: int) -> dict[str, float]:
     """Seconds that one batch spends in each operator, in eager mode, by the name of its node: the median over rounds, after one to warm up."""
     found: dict[str, list[float]] = defaultdict(list)
-    network = to_device(copy.deepcopy(network), device).eval()
+    network = _copy_on(network, device)
     images = torch.randn(batch, *network.meta["input_size"], device=device)
     with torch.inference_mode(), _threads(threads):
         for i in range(rounds + 1):

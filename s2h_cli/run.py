@@ -395,7 +395,8 @@ def export(folder: Path, format: str, *, opset: int | None = None, batch: int | 
             source, file = file, folder / artifacts.file_of(name, "int8")
             quantize(source, file, data.make_loader(splits.train, train=False, batch_size=batch or 32, workers=workers, flip=False, **loading), metadata)
             tolerance = math.inf  # its accuracy says what it is worth
-        found[file.name] = {"difference": artifacts.check(small, file, plan["input_size"], batch=batch, tolerance=tolerance)}
+        difference = artifacts.check(small, {file.name: file}, plan["input_size"], batch=batch, tolerance=tolerance)[file.name]
+        found[file.name] = {"difference": difference}
         if spec is not None:
             found[file.name]["top1"] = accuracy_of(file, data.make_loader(splits.val, train=False, batch_size=batch or 64, workers=workers, flip=False, **loading))
     artifacts.record(folder, {"files": found})

@@ -145,14 +145,8 @@ def _pair(run: Run) -> tuple[dict[str, Any], str] | None:
     """Seconds of the smallest batch before and after, in the first format in which both were timed, and where."""
     if run.latency is None:
         return None
-    pair = run.latency["pairs"][0]
-    timed: dict[tuple[str, int], dict[str, float]] = {}
-    for row in run.latency["rows"]:
-        if "timing" in row:
-            timed.setdefault((row["format"], row["batch"]), {})[row["network"]] = row["timing"]["median"]
-    for (format, batch), medians in timed.items():
-        if len(medians) == 2:
-            return {"format": format, "batch": batch, "before": medians[pair["before"]], "after": medians[pair["after"]]}, run.latency["place"]
+    for (format, batch), (before, after) in bench.medians(run.latency["pairs"][0], run.latency["rows"]).items():
+        return {"format": format, "batch": batch, "before": before, "after": after}, run.latency["place"]
     return None
 
 

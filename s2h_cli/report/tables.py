@@ -9,7 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from .. import CONVENTION
-from ..bench import shares
+from ..bench import medians, shares
 from ..zoo import Known, passes
 
 BAR = 10
@@ -120,13 +120,12 @@ def models(found: list[Known], versions: dict[str, str]) -> Table:
 def latencies(found: dict[str, Any]) -> Group:
     """What `s2h bench` shows: a line for each format, batch and network, then where the time went and why it fell by less than the MACs."""
     table = _table(f"On {found['place']}", "format", ">batch", "*network", ">ms", ">spread", ">images/s", ">time")
-    of_pair = {pair["after"]: pair for pair in found["pairs"]}
+    of_pair = {pair["after"]: shares(pair, found["rows"]) for pair in found["pairs"]}
     for row in found["rows"]:
         if "failed" in row:
             table.add_row(row["format"], str(row["batch"]), row["network"], "", "", "", "failed")
             continue
-        timing, pair = row["timing"], of_pair.get(row["network"])
-        share = shares(pair, found["rows"]).get((row["format"], row["batch"])) if pair else None
+        timing, share = row["timing"], of_pair.get(row["network"], {}).get((row["format"], row["batch"]))
         table.add_row(row["format"], str(row["batch"]), row["network"], f"{timing['median'] * 1e3:.3g}",
                       f"±{(timing['high'] - timing['low']) / 2 / timing['median']:.1%}", f"{row['batch'] / timing['median']:.0f}",
                       "" if share is None else f"{share:.2f}")
@@ -136,7 +135,7 @@ def latencies(found: dict[str, Any]) -> Group:
     table.caption_justify = "left"
     parts: list[Any] = [table]
     for pair in found["pairs"]:
-        time = shares(pair, found["rows"]).values()
+        time = of_pair[pair["after"]].values()
         if not time:
             continue
         span = f"{min(time):.2f}" if max(time) - min(time) < 0.005 else f"{min(time):.2f} to {max(time):.2f}"
@@ -163,13 +162,11 @@ def closing(result: dict[str, Any]) -> Table:
     table.add_row("MACs", quantity(macs["full"]), quantity(macs["pruned"]), _ratio(facts, "flops"))
     table.add_row("parameters", quantity(params["full"]), quantity(params["pruned"]), _ratio(facts, "params"))
     table.add_row("model.safetensors", f"{result['bytes_before'] / 1e6:.2f} MB", f"{result['bytes_after'] / 1e6:.2f} MB", "")
-    timed = {row["network"]: row["timing"]["median"] for row in result["latency"]["rows"] if "timing" in row}
     pair = result["latency"]["pairs"][0]
-    if len(timed) == 2:
-        before, after = timed[pair["before"]], timed[pair["after"]]
-        row, target = result["latency"]["rows"][0], facts["budget"].get("latency")
+    for (format, batch), (before, after) in medians(pair, result["latency"]["rows"]).items():
+        target = facts["budget"].get("latency")
         asked = f"ratio {pair['share']:.4f}, target {target:.4g}" if target else f"{after / before:.2f} of the time (s2h bench)"
-        table.add_row(f"latency, batch {row['batch']}, {row['format']}", f"{before * 1e3:.3g} ms", f"{after * 1e3:.3g} ms", asked)
+        table.add_row(f"latency, batch {batch}, {format}", f"{before * 1e3:.3g} ms", f"{after * 1e3:.3g} ms", asked)
     for name, found in result["files"].items():
         table.add_row(name, "", f"{found['difference']:.1e}", "largest difference, relative")
     table.caption = f"({CONVENTION})"
