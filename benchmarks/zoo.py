@@ -48,13 +48,14 @@ sys.path.insert(0, str(ROOT / "tests"))
 import helpers  # noqa: E402
 import zoo_page  # noqa: E402
 
-from s2h_cli import artifacts  # noqa: E402
+from s2h_cli import artifacts, exports  # noqa: E402
 from s2h_cli.cost import count_macs  # noqa: E402
 from s2h_cli.errors import UserError  # noqa: E402
 from s2h_cli.graph import capture  # noqa: E402
 from s2h_cli.budget import Budget  # noqa: E402
 from s2h_cli.masks import fit_budget  # noqa: E402
 from s2h_cli.plan import Plan, Space  # noqa: E402
+from s2h_cli.program import Program  # noqa: E402
 from s2h_cli.rebuild import rebuild, skeleton  # noqa: E402
 from s2h_cli.source import TORCHVISION, load_source, torchvision_names  # noqa: E402
 
@@ -86,12 +87,12 @@ def examine(spec: str, img_size: int | None = None, exports: bool = True) -> dic
         return {**row, "refused": str(error)}
     # The network that was cut is out of memory by now: exporters need it.
     if not exports:
-        row["skipped"] |= dict.fromkeys(artifacts.EXPORTS, "not run")
+        row["skipped"] |= dict.fromkeys(exports.EXPORTS, "not run")
     else:
-        program = artifacts.Program(small)
+        program = Program(small)
         with torch.no_grad():
             expected = [(x, small(x), max(TOLERANCE, 10 * rounding(small, x))) for x in (helpers.images(small, batch) for batch in batches)]
-        for name in artifacts.EXPORTS:
+        for name in exports.EXPORTS:
             attempt(row, name, lambda: export(program, name, expected))
     return row
 
@@ -223,10 +224,10 @@ def rounding(network: torch.fx.GraphModule, x: torch.Tensor) -> float:
     return helpers.relative_error(network(x).double(), exact)
 
 
-def export(program: artifacts.Program, name: str, expected: list[tuple[torch.Tensor, torch.Tensor, float]]) -> None:
+def export(program: Program, name: str, expected: list[tuple[torch.Tensor, torch.Tensor, float]]) -> None:
     """Writes one format, loads it back and compares: `expected` holds images, logits and tolerance."""
     with tempfile.TemporaryDirectory() as folder:
-        run = artifacts.run_artifact(artifacts.export(program, folder, name))
+        run = exports.run_artifact(exports.export(program, folder, name))
     for x, y, tolerance in expected:
         close(run(x), y, tolerance)
 

@@ -9,7 +9,7 @@ from typing import Any, Callable
 import torch
 from torch import fx, nn
 
-from . import artifacts, hub, latency, lookup
+from . import artifacts, exports, hub, latency, lookup
 from .device import pick_device
 from .errors import UserError
 from .files import writing
@@ -90,11 +90,11 @@ def subjects_of(item: str, img_size: int | None) -> list[latency.Subject]:
         plan = artifacts.read_plan(folder)
         size = plan["input_size"]
         return [latency.Subject(f"{plan['model']}, {size[-1]} px", size, whole_network(plan)), latency.Subject(item, size, artifacts.load(folder))]
-    format = artifacts.format_of(item)
+    format = exports.format_of(item)
     if format is None:
         source = load_source(item, pretrained=False, img_size=img_size)
         return [latency.Subject(item, source.input_size, capture(source.module, source.input_size).network)]
-    run, metadata = artifacts.load_artifact(item), artifacts.read_metadata(item)
+    run, metadata = exports.load_artifact(item), exports.read_metadata(item)
     if "input_size" not in metadata:
         raise UserError(f"'{item}' does not tell its input size: s2h did not write it; give a run or its files")
     return [latency.Subject(item, metadata["input_size"], *((run,) if format == "pt2" else (None, {format: Path(item)})))]

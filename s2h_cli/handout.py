@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from . import CONVENTION, artifacts
+from . import CONVENTION, artifacts, exports
 from .files import writing
 
 SCRIPT = '''"""python {name} IMAGE ...    says what each image shows. Needs {needs}, numpy and pillow."""
@@ -94,7 +94,7 @@ def write_handout(folder: Path, data: str, method: str, command: str) -> None:
     with writing(folder) as aside:
         scripts = []
         for format, parts in SCRIPTS.items():
-            file = artifacts.EXPORTS[format].file if format in artifacts.EXPORTS else ""
+            file = exports.EXPORTS[format].file if format in exports.EXPORTS else ""
             if (folder / file).is_file():
                 name = f"infer_{format}.py"
                 (aside / name).write_text(SCRIPT.format(name=name, file=file, **parts))

@@ -23,9 +23,10 @@ import torch
 from torch import fx, nn
 from torch.utils.benchmark import Timer
 
-from . import artifacts
+from . import exports
 from .errors import UserError, why
 from .graph import to_device
+from .program import Program
 
 Call = Callable[[], Any]
 
@@ -103,12 +104,12 @@ class Subject:
         name: what the user calls it.
         input_size: (C, H, W) of its images.
         network: it as a module on the CPU; None where there is but a file.
-        files: it in other formats of `artifacts.EXPORTS`. What is missing is exported, where `network` is one of ours.
+        files: it in other formats of `exports.EXPORTS`. What is missing is exported, where `network` is one of ours.
     """
 
     def __init__(self, name: str, input_size: tuple[int, int, int], network: fx.GraphModule | None = None, files: dict[str, Path] | None = None):
         self.name, self.input_size, self.network, self.files = name, tuple(input_size), network, dict(files or {})
-        self._program: artifacts.Program | None = None
+        self._program: Program | None = None
 
     @property
     def formats(self) -> list[str]:
@@ -130,10 +131,10 @@ class Subject:
 
     def file(self, format: str, folder: Path) -> Path:
         if format not in self.files:
-            self._program = self._program or artifacts.Program(self.network)
+            self._program = self._program or Program(self.network)
             own = folder / str(id(self))
             own.mkdir(exist_ok=True)
-            self.files[format] = artifacts.export(self._program, own, format)
+            self.files[format] = exports.export(self._program, own, format)
         return self.files[format]
 
 
@@ -160,7 +161,7 @@ def _torchscript(subject: Subject, images: torch.Tensor, place: Place) -> Call:
 
 
 def _onnx(subject: Subject, images: torch.Tensor, place: Place) -> Call:
-    session = artifacts.onnx_session(subject.file("onnx", place.folder), threads=place.threads, cuda=place.device.type == "cuda")
+    session = exports.onnx_session(subject.file("onnx", place.folder), threads=place.threads, cuda=place.device.type == "cuda")
     feed = {session.get_inputs()[0].name: images.cpu().numpy()}
     return lambda: session.run(None, feed)
 
@@ -205,7 +206,7 @@ def compare(subjects: list[Subject], formats: list[str], batches: list[int], dev
         dict and the share of the first network's time (median over pairs of blocks), or {format, batch, network, failed}, the reason in one line.
     """
     rows = []
-    with tempfile.TemporaryDirectory() as aside, torch.inference_mode(), artifacts.quiet(), _threads(threads):
+    with tempfile.TemporaryDirectory() as aside, torch.inference_mode(), exports.quiet(), _threads(threads):
         place = Place(device, threads, Path(aside))
         for format in formats:
             for batch in batches:

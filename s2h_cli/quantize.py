@@ -9,7 +9,7 @@ from typing import Any
 
 from torch.utils.data import DataLoader
 
-from . import artifacts
+from . import exports
 from .errors import UserError, why
 from .files import writing
 
@@ -22,10 +22,10 @@ def quantize(source: Path, target: Path, loader: DataLoader, metadata: dict[str,
     runtimes read too.
 
     Args:
-        source: a float32 ONNX file of `artifacts.export`.
+        source: a float32 ONNX file of `exports.export`.
         target: the file to write.
         loader: gives batches of images (N, C, H, W), of which the first are looked at.
-        metadata: as for `artifacts.export`.
+        metadata: as for `exports.export`.
 
     Raises:
         UserError: ONNX Runtime cannot quantize this network.
@@ -44,7 +44,7 @@ def quantize(source: Path, target: Path, loader: DataLoader, metadata: dict[str,
 
     with writing(target.parent) as aside:
         try:
-            with artifacts.quiet():
+            with exports.quiet():
                 ready, quantized = aside / "ready.onnx", aside / target.name
                 quant_pre_process(str(source), str(ready), skip_symbolic_shape=True)
                 quantize_static(str(ready), str(quantized), Images(), quant_format=QuantFormat.QDQ, per_channel=True,
@@ -52,7 +52,7 @@ def quantize(source: Path, target: Path, loader: DataLoader, metadata: dict[str,
                 ready.unlink()
                 model = onnx.load(str(quantized))
                 model.metadata_props.clear()
-                onnx.helper.set_model_props(model, {artifacts.METADATA: json.dumps(metadata)})
+                onnx.helper.set_model_props(model, {exports.METADATA: json.dumps(metadata)})
                 onnx.save(model, str(quantized))
         except Exception as error:  # the quantizer raises whatever it likes
             raise UserError(f"ONNX Runtime cannot quantize {source} ({why(error)}); export it with --fp16 instead") from error

@@ -18,7 +18,7 @@ from rich.console import Console
 from torch import fx, nn
 from torch.utils.data import DataLoader
 
-from . import artifacts, bench, data, distributed, hub, lookup
+from . import artifacts, bench, data, distributed, exports, hub, lookup
 from .budget import KINDS, Budget
 from .config import Config, latency_share, resumed, write
 from .cost import count_macs
@@ -32,6 +32,7 @@ from .methods import FROM_TRAINED, METHODS
 from .methods.oneshot import OneShot
 from .methods.several import Several
 from .plan import Plan, Space
+from .program import Program
 from .quantize import quantize
 from .report import page
 from .report.curves import Curves, check_log, start_log
@@ -314,13 +315,13 @@ def finish(config: Config, budget: Budget, folder: Path, ending: str, job: Job, 
     plan = {**facts, "kept_indices": part.plan.by_group(), "data": {**job.preprocessing, "classes": job.classes}}
     with console.status("writing and checking artifacts"):
         artifacts.save(folder, small, plan)
-        failed, program = [], artifacts.Program(small)
-        for name in artifacts.EXPORTS:  # one format that fails must not cost the others
+        failed, program = [], Program(small)
+        for name in exports.EXPORTS:  # one format that fails must not cost the others
             try:
-                artifacts.export(program, folder, name, metadata=plan["data"])
+                exports.export(program, folder, name, metadata=plan["data"])
             except UserError as error:
                 failed.append(str(error))
-        differences = artifacts.verify(small, folder, input_size)
+        differences = exports.verify(small, folder, input_size)
         # Accuracy is measured on the format that shares least code with us, of those that were written.
         checked = next(name for name in ("model.onnx", "model.ts", "model.pt2", artifacts.WEIGHTS) if name in differences)
         exported = accuracy_of(folder if checked == artifacts.WEIGHTS else folder / checked, val)
@@ -368,7 +369,7 @@ def export(folder: Path, format: str, *, opset: int | None = None, batch: int | 
     """Writes the network of a run in one format, or in `all`, loads each file back and compares; `plan.json` keeps what was found.
 
     Args:
-        opset, batch, half: see `artifacts.Program`.
+        opset, batch, half: see `Program`.
         int8: quantize to int8, calibrated on training images of `spec`; ONNX alone.
         spec: DATA, on whose validation images each file's accuracy is measured.
 
@@ -380,22 +381,22 @@ def export(folder: Path, format: str, *, opset: int | None = None, batch: int | 
     """
     if int8 and (spec is None or format not in ("onnx", "all") or half):
         raise UserError("--int8 needs --data DATA, images to calibrate on, and --format onnx, without --fp16")
-    formats = ["onnx"] if int8 else list(artifacts.EXPORTS) if format == "all" else [format]
+    formats = ["onnx"] if int8 else list(exports.EXPORTS) if format == "all" else [format]
     plan, small = artifacts.read_plan(folder), artifacts.load(folder)
     splits = loading = None
     if spec is not None:
         splits, loading = checked_data(spec, plan["data"], str(folder))
-    program = artifacts.Program(small, batch=batch, half=half, opset=opset)
+    program = Program(small, batch=batch, half=half, opset=opset)
     metadata = {**plan["data"], **({"batch": batch} if batch else {})}
     found = {}
     for name in formats:
-        file = artifacts.export(program, folder / artifacts.file_of(name, "fp16" if half else ""), name, metadata=metadata)
-        tolerance = artifacts.HALF_TOLERANCE if half else artifacts.TOLERANCE
+        file = exports.export(program, folder / exports.file_of(name, "fp16" if half else ""), name, metadata=metadata)
+        tolerance = exports.HALF_TOLERANCE if half else exports.TOLERANCE
         if int8:
-            source, file = file, folder / artifacts.file_of(name, "int8")
+            source, file = file, folder / exports.file_of(name, "int8")
             quantize(source, file, data.make_loader(splits.train, train=False, batch_size=batch or 32, workers=workers, flip=False, **loading), metadata)
             tolerance = math.inf  # its accuracy says what it is worth
-        difference = artifacts.check(small, {file.name: file}, plan["input_size"], batch=batch, tolerance=tolerance)[file.name]
+        difference = exports.check(small, {file.name: file}, plan["input_size"], batch=batch, tolerance=tolerance)[file.name]
         found[file.name] = {"difference": difference}
         if spec is not None:
             found[file.name]["top1"] = accuracy_of(file, data.make_loader(splits.val, train=False, batch_size=batch or 64, workers=workers, flip=False, **loading))
@@ -409,7 +410,7 @@ def evaluate(artifact: Path, spec: str, *, batch_size: int, workers: int, val_fr
     Raises:
         UserError: the artifact or the data cannot be read, or their classes differ.
     """
-    metadata = artifacts.read_plan(artifact)["data"] if artifact.is_dir() else artifacts.read_metadata(artifact)
+    metadata = artifacts.read_plan(artifact)["data"] if artifact.is_dir() else exports.read_metadata(artifact)
     if "classes" not in metadata:
         raise UserError(f"'{artifact}' does not tell its classes and preprocessing: s2h did not write it; give a run or its files")
     splits, loading = checked_data(spec, metadata, str(artifact), val_fraction=val_fraction, seed=seed)
@@ -435,8 +436,8 @@ def checked_data(spec: str, metadata: dict[str, Any], name: str, **options: Any)
 
 def accuracy_of(artifact: Path, val: DataLoader) -> float:
     """Top-1 in percent of a run folder or an exported file; one of a fixed batch gets the last images again where it lacks some."""
-    run = artifacts.run_artifact(artifact)
-    batch = None if artifact.is_dir() else artifacts.read_metadata(artifact).get("batch")
+    run = exports.run_artifact(artifact)
+    batch = None if artifact.is_dir() else exports.read_metadata(artifact).get("batch")
 
     def padded(images: torch.Tensor) -> torch.Tensor:
         parts = [torch.cat([part, part[-1:].expand(batch - len(part), *part.shape[1:])]) for part in images.split(batch)]

@@ -14,7 +14,7 @@ import torch
 from torch import fx, nn
 
 from helpers import captured, random_plan
-from s2h_cli import artifacts
+from s2h_cli import artifacts, exports, network_json
 from s2h_cli.errors import UserError
 from s2h_cli.graph import capture
 from s2h_cli.plan import Plan, Space
@@ -101,7 +101,7 @@ def test_round_trip_is_bit_for_bit(smalls, name, tmp_path):
     x = torch.randn(3, *SIZE)
     with torch.no_grad():
         assert torch.equal(loaded(x), small(x))
-    assert artifacts.network_to_json(loaded) == artifacts.network_to_json(small)
+    assert network_json.network_to_json(loaded) == network_json.network_to_json(small)
     assert list(loaded.state_dict()) == list(small.state_dict())
     assert [p.requires_grad for p in loaded.parameters()] == [p.requires_grad for p in small.parameters()]
     assert {k: str(v) for k, v in loaded.named_modules() if k} == {k: str(v) for k, v in small.named_modules() if k}
@@ -117,9 +117,9 @@ def test_values_survive_json():
     node = graph.placeholder("x")
     values = [None, True, 1, 0.1, float("inf"), float("-inf"), "sum", node, (1, (node,)), [node, None], slice(None, node, 2),
               torch.bfloat16, torch.strided, torch.channels_last, torch.device("cpu")]
-    text = json.dumps(artifacts._encode(values), allow_nan=False)
-    assert artifacts._decode(json.loads(text), {"x": node}) == values
-    assert np.isnan(artifacts._decode(artifacts._encode(float("nan")), {}))
+    text = json.dumps(network_json._encode(values), allow_nan=False)
+    assert network_json._decode(json.loads(text), {"x": node}) == values
+    assert np.isnan(network_json._decode(network_json._encode(float("nan")), {}))
 
 
 def test_tied_and_non_persistent_tensors(tmp_path, tiny):
@@ -239,17 +239,17 @@ def test_exports_run_at_any_batch_and_are_quiet(smalls, tmp_path, name, capfd):
     small.train()
     artifacts.save(tmp_path, small, {})
     before = {k: v.clone() for k, v in small.state_dict().items()}
-    for format in artifacts.EXPORTS:
-        file = artifacts.export(small, tmp_path, format, META)
-        assert file == tmp_path / artifacts.EXPORTS[format].file and artifacts.read_metadata(file) == META
+    for format in exports.EXPORTS:
+        file = exports.export(small, tmp_path, format, META)
+        assert file == tmp_path / exports.EXPORTS[format].file and exports.read_metadata(file) == META
     assert small.training and all(torch.equal(before[k], v) for k, v in small.state_dict().items())
     small.eval()
-    differences = artifacts.verify(small, tmp_path, SIZE)
+    differences = exports.verify(small, tmp_path, SIZE)
     assert set(differences) == {"model.safetensors", "model.ts", "model.onnx", "model.pt2"}
     assert differences["model.safetensors"] == 0 and max(differences.values()) < 1e-5
     assert sorted(p.name for p in tmp_path.iterdir()) == sorted([*differences, "plan.json"])
     assert capfd.readouterr() == ("", "")
-    assert artifacts.run_artifact(tmp_path / "model.onnx")(torch.zeros(7, *SIZE)).shape == (7, 5)
+    assert exports.run_artifact(tmp_path / "model.onnx")(torch.zeros(7, *SIZE)).shape == (7, 5)
 
 
 class SizedByBatch(nn.Module):
@@ -268,42 +268,42 @@ def test_torchscript_keeps_sizes_that_depend_on_the_batch(tmp_path):
     small = small_of(SizedByBatch())
     assert any("aten.ones" in str(node.target) for node in small.graph.nodes)
     artifacts.save(tmp_path, small, {})
-    artifacts.export(artifacts.load(tmp_path), tmp_path, "torchscript")
-    assert artifacts.verify(small, tmp_path, SIZE)["model.ts"] < 1e-6
+    exports.export(artifacts.load(tmp_path), tmp_path, "torchscript")
+    assert exports.verify(small, tmp_path, SIZE)["model.ts"] < 1e-6
 
 
 def test_onnx_names(tiny, tmp_path):
     import onnx
 
-    model = onnx.load(str(artifacts.export(tiny, tmp_path / "net.onnx", "onnx")))
+    model = onnx.load(str(exports.export(tiny, tmp_path / "net.onnx", "onnx")))
     (images,), (logits,) = model.graph.input, model.graph.output
     assert (images.name, logits.name) == ("images", "logits")
     assert images.type.tensor_type.shape.dim[0].dim_param == logits.type.tensor_type.shape.dim[0].dim_param == "batch"
-    assert artifacts.read_metadata(tmp_path / "net.onnx") == {}
+    assert exports.read_metadata(tmp_path / "net.onnx") == {}
 
 
 def test_fixed_batch(tiny, tmp_path):
     small = copy.deepcopy(tiny)
     small.meta["static_batch"] = 3
     artifacts.save(tmp_path, small, {})
-    for format in artifacts.EXPORTS:
-        artifacts.export(small, tmp_path, format)
-    assert len(artifacts.verify(small, tmp_path, SIZE)) == 4
+    for format in exports.EXPORTS:
+        exports.export(small, tmp_path, format)
+    assert len(exports.verify(small, tmp_path, SIZE)) == 4
     with pytest.raises(Exception):
-        artifacts.run_artifact(tmp_path / "model.onnx")(torch.zeros(2, *SIZE))
+        exports.run_artifact(tmp_path / "model.onnx")(torch.zeros(2, *SIZE))
 
 
-@pytest.mark.parametrize("format", artifacts.EXPORTS)
+@pytest.mark.parametrize("format", exports.EXPORTS)
 def test_verify_names_a_wrong_artifact(tiny, tmp_path, format):
     other = copy.deepcopy(tiny)
     with torch.no_grad():
         other.head.weight[0, 0] += 0.1
-    file = artifacts.export(other, tmp_path, format)
+    file = exports.export(other, tmp_path, format)
     with pytest.raises(UserError, match=file.name):
-        artifacts.verify(tiny, tmp_path, SIZE)
+        exports.verify(tiny, tmp_path, SIZE)
     file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
     with pytest.raises(UserError, match=file.name):
-        artifacts.verify(tiny, tmp_path, SIZE)
+        exports.verify(tiny, tmp_path, SIZE)
 
 
 def test_verify_sees_changed_weights_and_nan(folder, tiny):
@@ -311,15 +311,15 @@ def test_verify_sees_changed_weights_and_nan(folder, tiny):
     with torch.no_grad():
         other.head.bias[0] = float("nan")
     with pytest.raises(UserError, match="model.safetensors"):
-        artifacts.verify(other, folder, SIZE)
+        exports.verify(other, folder, SIZE)
 
 
 def written(small, folder):
     """Writes a network in every format; the differences that `verify` finds."""
     artifacts.save(folder, small, {})
-    for format in artifacts.EXPORTS:
-        artifacts.export(small, folder, format)
-    return artifacts.verify(small, folder, SIZE)
+    for format in exports.EXPORTS:
+        exports.export(small, folder, format)
+    return exports.verify(small, folder, SIZE)
 
 
 class ConvNet(nn.Module):
@@ -364,9 +364,9 @@ def test_a_padded_max_pool_is_right_in_onnx(tmp_path):
             return self.head(nn.functional.max_pool2d(x, 3, 2).amax((2, 3)))
 
     small = captured(Padded(), SIZE).network
-    artifacts.export(small, tmp_path, "onnx")
+    exports.export(small, tmp_path, "onnx")
     artifacts.save(tmp_path, small, {})
-    assert artifacts.verify(small, tmp_path, SIZE)["model.onnx"] < 1e-5
+    assert exports.verify(small, tmp_path, SIZE)["model.onnx"] < 1e-5
 
 
 def test_failing_exporter_is_named_and_leaves_nothing(tiny, tmp_path, monkeypatch):
@@ -374,18 +374,18 @@ def test_failing_exporter_is_named_and_leaves_nothing(tiny, tmp_path, monkeypatc
         args[1].write_text("half")
         raise RuntimeError("first\nsecond")
 
-    monkeypatch.setitem(artifacts.EXPORTS, "pt2", artifacts.EXPORTS["pt2"]._replace(write=fail))
+    monkeypatch.setitem(exports.EXPORTS, "pt2", exports.EXPORTS["pt2"]._replace(write=fail))
     with pytest.raises(UserError, match=r"export to pt2 failed: RuntimeError: first$"):
-        artifacts.export(tiny, tmp_path, "pt2")
+        exports.export(tiny, tmp_path, "pt2")
     assert not list(tmp_path.iterdir())
     with pytest.raises(UserError, match="choose from torchscript"):
-        artifacts.export(tiny, tmp_path, "caffe")
+        exports.export(tiny, tmp_path, "caffe")
 
 
 def test_run_artifact_refuses(tmp_path):
     for name, message in (("a.pth", "not an artifact"), ("a.onnx", "no such file")):
         with pytest.raises(UserError, match=message):
-            artifacts.run_artifact(tmp_path / name)
+            exports.run_artifact(tmp_path / name)
 
 
 class Trap:
@@ -400,7 +400,7 @@ class Trap:
 
 @pytest.mark.parametrize("where", ["sample_inputs/model.pt", "weights/weight_0"])
 def test_pickles_in_a_pt2_file_do_not_run(tiny, tmp_path, where):
-    file = artifacts.export(tiny, tmp_path, "pt2")
+    file = exports.export(tiny, tmp_path, "pt2")
     trap, evil = tmp_path / "sprung", tmp_path / "evil.pt2"
     with zipfile.ZipFile(file) as source, zipfile.ZipFile(evil, "w") as target:
         for entry in source.namelist():
@@ -412,7 +412,7 @@ def test_pickles_in_a_pt2_file_do_not_run(tiny, tmp_path, where):
                 content = content.replace(b'"use_pickle": false', b'"use_pickle": true')
             target.writestr(entry, content)
     with pytest.raises(UserError, match="evil.pt2"):
-        artifacts.run_artifact(evil)
+        exports.run_artifact(evil)
     assert not trap.exists()
 
 
@@ -434,7 +434,7 @@ def test_what_was_pruned_can_be_pruned_again(tmp_path, name, size):
 def result(here, monkeypatch):
     """A run folder of a network that knows its classes."""
     with monkeypatch.context() as patch:
-        patch.setattr(artifacts, "EXPORTS", {"onnx": artifacts.EXPORTS["onnx"]})
+        patch.setattr(exports, "EXPORTS", {"onnx": exports.EXPORTS["onnx"]})
         assert s2h(*PRUNE, "--epochs", "4", "-o", "run") == 0
     return here / "run"
 
@@ -453,7 +453,7 @@ def test_a_result_in_float16_is_half_as_large_and_right(result, capsys):
     assert set(found) == {"run/model-fp16.onnx", "run/model-fp16.ts", "run/model-fp16.pt2"}
     for path, top1 in found.items():
         kept = plan["results"]["files"][path.removeprefix("run/")]
-        assert abs(top1 - plan["results"]["top1"]["hard"]) <= 100 / 16 and 0 < kept["difference"] < artifacts.HALF_TOLERANCE  # one of 16 images
+        assert abs(top1 - plan["results"]["top1"]["hard"]) <= 100 / 16 and 0 < kept["difference"] < exports.HALF_TOLERANCE  # one of 16 images
         assert kept["top1"] == pytest.approx(top1, abs=0.005)
     model = onnx.load(str(result / "model-fp16.onnx"))
     assert {onnx.TensorProto.DataType.Name(t.data_type) for t in model.graph.initializer} <= {"FLOAT16", "INT64"}
@@ -466,7 +466,7 @@ def test_a_result_in_int8_is_calibrated_and_measured(result, capsys):
     assert set(found) == {"run/model-int8.onnx"} and abs(found["run/model-int8.onnx"] - artifacts.read_plan(result)["results"]["top1"]["hard"]) <= 200 / 16
     model = onnx.load(str(result / "model-int8.onnx"))
     assert {"QuantizeLinear", "DequantizeLinear"} <= {node.op_type for node in model.graph.node}
-    assert artifacts.read_metadata(result / "model-int8.onnx")["classes"] == ["dark", "light"]
+    assert exports.read_metadata(result / "model-int8.onnx")["classes"] == ["dark", "light"]
     kernels = [t for t in model.graph.initializer if len(t.dims) == 4]
     assert kernels and all(t.data_type == onnx.TensorProto.INT8 for t in kernels)
 

@@ -14,7 +14,7 @@ import torch
 import yaml
 
 import s2h_cli
-from s2h_cli import artifacts
+from s2h_cli import exports
 from s2h_cli.source import load_source
 from toy import PRUNE, s2h
 
@@ -207,12 +207,10 @@ def test_a_truncated_image_is_named_or_left_out(here, capsys):
 
 
 def test_a_format_that_fails_does_not_cost_the_others(here, monkeypatch, capsys):
-    from s2h_cli import artifacts
-
     def broken(*args):
         raise RuntimeError("no such operator")
 
-    monkeypatch.setitem(artifacts.EXPORTS, "onnx", artifacts.EXPORTS["onnx"]._replace(write=broken))
+    monkeypatch.setitem(exports.EXPORTS, "onnx", exports.EXPORTS["onnx"]._replace(write=broken))
     assert "onnx failed: " in error_of(capsys, *PRUNE, "--epochs", "0", "-o", "out")
     assert (here / "out" / "model.pt2").exists() and not (here / "out" / "model.onnx").exists()
 
@@ -226,7 +224,7 @@ def test_another_run_is_not_resumed(here, capsys):
 @pytest.mark.parametrize("method", ["s2h", "stp", "epsd", "magnitude"])
 @pytest.mark.parametrize("budget", [{"params": 0.3}, {"flops": 0.5, "params": 0.35}], ids=["params", "both"])
 def test_parameters_are_a_budget_too(here, monkeypatch, method, budget):
-    monkeypatch.setattr(artifacts, "EXPORTS", {})
+    monkeypatch.setattr(exports, "EXPORTS", {})
     plain = PRUNE[:4] + PRUNE[6:]
     options = [str(word) for kind, share in budget.items() for word in (f"--{kind}", share)]
     assert s2h(*plain, *options, "--method", method, "--epochs", "2") == 0
@@ -249,7 +247,7 @@ def test_a_share_of_the_parameters_that_cannot_be_reached(here, capsys):
 
 
 def test_a_result_is_pruned_again_and_trained_on_other_data(here, capsys, monkeypatch):
-    monkeypatch.setattr(artifacts, "EXPORTS", {})
+    monkeypatch.setattr(exports, "EXPORTS", {})
     assert s2h(*PRUNE, "--epochs", "3") == 0
     first = json.loads((here / "runs" / "net-f0.4" / "plan.json").read_text())
     again = ["prune", "runs/net-f0.4/", *PRUNE[2:4], "--flops", "0.5", *PRUNE[8:], "--epochs", "2"]

@@ -16,7 +16,7 @@ import pytest
 import s2h_cli
 import torch
 from PIL import Image
-from s2h_cli import artifacts, data
+from s2h_cli import artifacts, data, exports
 from toy import PRUNE, s2h
 
 #: Runs a script as a user would who has neither s2h nor timm nor torchvision.
@@ -58,7 +58,7 @@ def test_scripts_say_what_the_network_says_where_neither_s2h_nor_timm_is(run):
         best = artifacts.load(run)(images).argmax(1)
     expected = [f"{path} {plan['data']['classes'][i]}" for path, i in zip(paths, best)]
     assert len(set(best.tolist())) > 1
-    for format in artifacts.EXPORTS:
+    for format in exports.EXPORTS:
         done = subprocess.run([sys.executable, "-W", "ignore", "-c", "import sys; sys.argv = sys.argv[1:]\n" + ALONE, run / f"infer_{format}.py", *paths],
                               capture_output=True, text=True, timeout=120)
         assert done.stdout.splitlines() == expected, done.stderr

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from s2h_cli import artifacts, latency, lookup
+from s2h_cli import artifacts, exports, latency, lookup
 from s2h_cli.budget import Budget
 from s2h_cli.cost import CostModel, count_macs
 from s2h_cli.graph import capture
@@ -104,7 +104,7 @@ def test_the_sum_over_operators_is_the_whole(space):
 
 
 def test_a_run_meets_a_latency_and_goes_on_with_the_table_it_had(here, formula, monkeypatch, capsys):
-    monkeypatch.setattr(artifacts, "EXPORTS", {})
+    monkeypatch.setattr(exports, "EXPORTS", {})
     options = [*LATENCY, "--latency", "0.7", "--epochs", "3"]
     assert s2h(*options, "-o", "whole") == 0
     assert "target 0.7 of it" in capsys.readouterr().out
@@ -118,7 +118,7 @@ def test_a_run_meets_a_latency_and_goes_on_with_the_table_it_had(here, formula, 
 
 
 def test_milliseconds_are_a_share_of_what_the_whole_network_takes(here, formula, monkeypatch, capsys):
-    monkeypatch.setattr(artifacts, "EXPORTS", {})
+    monkeypatch.setattr(exports, "EXPORTS", {})
     source = load_source("net.py:build", num_classes=2, img_size=16)
     whole = sum(node_seconds(capture(source.module, source.input_size).network, 1).values())
     assert s2h(*LATENCY, "--latency", f"{0.7 * whole * 1e3}ms", "--epochs", "0", "-o", "run") == 0
@@ -145,7 +145,7 @@ def test_the_least_divisor_that_pays_is_taken(here, monkeypatch, capsys, penalty
         return {name: (n, n / macs["whole"] * (1 + penalty.get(int(name) if name.isdigit() else 0, 0.0))) for name, n in macs.items()}
 
     monkeypatch.setattr(lookup.Where, "times", times)
-    monkeypatch.setattr(artifacts, "EXPORTS", {})
+    monkeypatch.setattr(exports, "EXPORTS", {})
     options = [word for word in PRUNE if word not in ("--divisor", "2")]
     assert s2h(*options, "--divisor", "auto", "--epochs", "0", "-o", "run") == 0
     assert f"divisor {expected}: time for the MACs" in capsys.readouterr().out

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from toy import PRUNE, s2h
 
-from s2h_cli import artifacts, cli, data, run
+from s2h_cli import cli, data, exports, run
 from s2h_cli.config import Recipe
 from s2h_cli.source import load_source
 from s2h_cli.teacher import Teacher
@@ -32,7 +32,7 @@ CAREFUL = ["--ema", "0.9", "--mixup", "0.2", "--aa", "rand-m5", "--clip-grad", "
 @pytest.fixture(autouse=True)
 def no_exports(monkeypatch):
     """Runs in this process write no formats, which take longer than the training; those in processes of their own do."""
-    monkeypatch.setattr(artifacts, "EXPORTS", {})
+    monkeypatch.setattr(exports, "EXPORTS", {})
 
 
 def same_results(here, one, other, files=RESULTS):

@@ -17,8 +17,9 @@ from helpers import (captured, error_of_cutting, exact_groups, fvcore_macs, hard
                      random_plan)
 from torch import fx, nn
 
-from s2h_cli import artifacts
+from s2h_cli import artifacts, exports
 from s2h_cli.plan import Plan, Space
+from s2h_cli.program import Program
 from s2h_cli.rebuild import rebuild, skeleton
 
 TIMM = {
@@ -207,10 +208,10 @@ def test_artifacts_are_the_small_network(case, tmp_path):
     for batch in (1, 5):
         x = images(case.network, batch)
         assert torch.equal(reloaded(x), case.small(x))
-    program = artifacts.Program(case.small)
-    for name in artifacts.EXPORTS:
-        artifacts.export(program, tmp_path, name)
-    differences = artifacts.verify(case.small, tmp_path, case.network.meta["input_size"])
+    program = Program(case.small)
+    for name in exports.EXPORTS:
+        exports.export(program, tmp_path, name)
+    differences = exports.verify(case.small, tmp_path, case.network.meta["input_size"])
     assert set(differences) == {"model.safetensors", "model.ts", "model.onnx", "model.pt2"}
     assert max(differences.values()) < 1e-5, differences
 

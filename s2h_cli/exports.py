@@ -1,0 +1,332 @@
+"""Other formats: `EXPORTS` is the table of how each is written and how it is run; `verify` runs what was written."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import re
+import warnings
+import zipfile
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from io import StringIO
+from pathlib import Path
+from typing import Any, Callable, Iterator, NamedTuple
+
+import torch
+from torch import fx
+
+from .artifacts import load
+from .errors import UserError, why
+from .files import writing
+from .network_json import CALLABLES, WEIGHTS
+from .program import Program, cpu_copy, random_images
+
+#: Where the metadata lie: an extra file of TorchScript and pt2, a property of ONNX.
+METADATA = "s2h.json"
+#: The largest difference from the network that `verify` lets pass, relative to the largest logit.
+TOLERANCE = 1e-4
+#: The same where it computes in float16, whose last place is 1e-3 of a number.
+HALF_TOLERANCE = 3e-2
+
+Run = Callable[[torch.Tensor], torch.Tensor]
+
+
+def _write_torchscript(program: Program, file: Path, metadata: str) -> None:
+    model, images = cpu_copy(program.model), program.images
+    _remember_sizes(model)
+    traced = torch.jit.trace(model, images, check_trace=False)
+    if model.meta["static_batch"] is None:
+        three = random_images(model, 3)
+        try:
+            free = _difference(traced(three), model(three)) <= TOLERANCE
+        except RuntimeError:  # its first line says nothing
+            free = False
+        if not free:
+            raise RuntimeError("tracing fixed the batch size")
+    torch.jit.save(traced, str(file), _extra_files={METADATA: metadata})
+
+
+def _remember_sizes(model: fx.GraphModule) -> None:
+    """Tracing takes a size that is an argument of a `torch.ops` call for a constant; the plain function of that name does not."""
+    sizes: set[fx.Node] = set()
+    for node in model.graph.nodes:
+        inputs = set(node.all_input_nodes)
+        if (node.op, node.target) == ("call_method", "size") or (inputs and inputs <= sizes and node.target in CALLABLES.values()):
+            sizes.add(node)
+        elif inputs & sizes and isinstance(node.target, torch._ops.OpOverload):
+            name = node.target._opname
+            node.target = getattr(torch, name, None) or getattr(torch.Tensor, name, node.target)
+    model.recompile()
+
+
+def _write_onnx(program: Program, file: Path, metadata: str) -> None:
+    free = ({0: "batch"},) if program.model.meta["static_batch"] is None else None  # the batch is free already: this names it
+    for optimize in (True, False):  # the exporter's own rewriting breaks some networks
+        onnx = torch.onnx.export(program.exported, dynamo=True, input_names=["images"], output_names=["logits"], dynamic_shapes=free,
+                                 verbose=False, optimize=optimize, opset_version=program.opset)
+        written = onnx.model.opset_imports[""]
+        if program.opset not in (None, written):
+            raise RuntimeError(f"the exporter wrote opset {written}, not {program.opset}")
+        onnx.model.metadata_props[METADATA] = metadata
+        onnx.save(str(file))  # weights inside, unless they are too much for one file
+        try:
+            _run_onnx(file)
+            return
+        except Exception as error:  # onnxruntime raises whatever it likes
+            refusal = error
+    raise refusal
+
+
+def _write_pt2(program: Program, file: Path, metadata: str) -> None:
+    torch.export.save(program.exported, file, extra_files={METADATA: metadata})
+
+
+def _run_torchscript(file: Path) -> Run:
+    return torch.jit.load(str(file), map_location="cpu").eval()
+
+
+def onnx_session(file: Path, threads: int = 0, cuda: bool = False) -> Any:
+    """An ONNX Runtime session, on a GPU or on so many threads of the CPU (0: on all).
+
+    Raises:
+        UserError: a GPU is asked for, and this ONNX Runtime has none.
+    """
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    options.intra_op_num_threads = threads
+    if cuda and "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
+        raise UserError("this onnxruntime is for CPUs; install onnxruntime-gpu")
+    return onnxruntime.InferenceSession(str(file), options, providers=["CUDAExecutionProvider" if cuda else "CPUExecutionProvider"])
+
+
+def _run_onnx(file: Path) -> Run:
+    session = onnx_session(file)
+    name = session.get_inputs()[0].name
+    return lambda images: torch.from_numpy(session.run(None, {name: images.numpy()})[0])
+
+
+def _run_pt2(file: Path) -> Run:
+    """No pickle is loaded, but `torch.export.load` evaluates the sizes' formulas in the file: run only files of known origin."""
+    _refuse_pickles(file)
+    # `torch.export.load` falls back to unsafe unpickling of the example inputs; torch's own switch forbids it.
+    with _environment("TORCH_FORCE_WEIGHTS_ONLY_LOAD", "1"):
+        return torch.export.load(file).module()
+
+
+def _refuse_pickles(file: Path) -> None:
+    """Refuses a pt2 file with weights or constants that `torch.export.load` would unpickle; `export` writes none."""
+    with zipfile.ZipFile(file) as archive:
+        names = [name.partition("/")[2] for name in archive.namelist()]
+        configs = [json.loads(archive.read(name)) for name in archive.namelist()
+                   if re.search(r"/data/(weights|constants)/[^/]*config\.json$", name)]
+    payloads = [payload for config in configs for payload in config["config"].values()]
+    if (not configs or any(re.fullmatch(r"data/(weights|constants)/[^/]*\.pt", name) for name in names)
+            or any(p["use_pickle"] or not p["path_name"].startswith(("weight_", "tensor_")) for p in payloads)):
+        raise RuntimeError("it contains pickled data, which could run any code")
+
+
+class Format(NamedTuple):
+    """A format of `EXPORTS`: its file in a run folder; `write(program, file, metadata)`; `run(file)`."""
+
+    file: str
+    write: Callable[[Program, Path, str], None]
+    run: Callable[[Path], Run]
+
+
+EXPORTS: dict[str, Format] = {
+    "torchscript": Format("model.ts", _write_torchscript, _run_torchscript),
+    "onnx": Format("model.onnx", _write_onnx, _run_onnx),
+    "pt2": Format("model.pt2", _write_pt2, _run_pt2),
+}
+
+
+def export(small: fx.GraphModule | Program, path: str | os.PathLike, format: str, metadata: dict | None = None) -> Path:
+    """Writes the network in another format. The batch is free unless the network's is fixed; the network stays as it is.
+
+    Args:
+        small: the network, on any device, or its `Program`, which several formats can share.
+        path: the file, or a folder, where the file gets the name that `EXPORTS` gives it.
+        format: a key of `EXPORTS`.
+        metadata: JSON data that `read_metadata` finds in the file again, e.g. class names, mean, std.
+
+    Returns:
+        The file.
+
+    Raises:
+        UserError: the format is unknown, or its exporter fails.
+    """
+    name, file = file_of(format), Path(path)
+    chosen = EXPORTS[format]
+    if file.is_dir() or not file.suffix:
+        file = file / name
+    program = small if isinstance(small, Program) else Program(small)
+    with writing(file.parent) as aside:
+        try:
+            with quiet(), torch.no_grad():
+                chosen.write(program, aside / file.name, json.dumps(metadata or {}))
+        except Exception as error:  # exporters raise whatever they like; what they wrap says more
+            cause: BaseException = error
+            while cause.__cause__ is not None:
+                cause = cause.__cause__
+            raise UserError(f"export to {format} failed: {why(cause)}") from error
+    return file
+
+
+def file_of(format: str, kind: str = "") -> str:
+    """The name of a format's file: `model.onnx`, or of a kind `model-int8.onnx`.
+
+    Raises:
+        UserError: the format is unknown.
+    """
+    if format not in EXPORTS:
+        raise UserError(f"unknown format {format!r}; choose from {', '.join(EXPORTS)}")
+    stem, ending = EXPORTS[format].file.split(".")
+    return f"{stem}-{kind}.{ending}" if kind else f"{stem}.{ending}"
+
+
+def format_of(path: str | os.PathLike) -> str | None:
+    """The key of `EXPORTS` that a file's name says it is, if any."""
+    return next((name for name, f in EXPORTS.items() if Path(f.file).suffix == Path(path).suffix.lower()), None)
+
+
+def load_artifact(path: str | os.PathLike) -> Run:
+    """What runs a run folder or an exported file; a module, but for ONNX.
+
+    Raises:
+        UserError: there is no such file, its ending is unknown, or it cannot be loaded.
+    """
+    path = Path(path)
+    if path.is_dir():
+        return load(path)
+    format = format_of(path)
+    if format is None:
+        endings = ", ".join(Path(f.file).suffix for f in EXPORTS.values())
+        raise UserError(f"{path}: not an artifact; give a run folder or a file that ends in {endings}")
+    if not path.is_file():
+        raise UserError(f"{path}: no such file")
+    try:
+        with quiet():
+            return EXPORTS[format].run(path)
+    except ImportError as error:
+        raise UserError(f"{path}: running it needs the package {error.name}; install it with pip") from error
+    except Exception as error:  # loaders raise whatever they like
+        raise UserError(f"{path}: cannot be loaded: {why(error)}") from error
+
+
+def run_artifact(path: str | os.PathLike) -> Run:
+    """A function from images (N, C, H, W), float32 on the CPU, to logits (N, classes), for a run folder or an exported file.
+
+    Raises:
+        UserError: as of `load_artifact`.
+    """
+    run = load_artifact(path)
+    return torch.no_grad()(lambda images: run(images))
+
+
+def read_metadata(path: str | os.PathLike) -> dict:
+    """The metadata given to `export`; empty for a file of other origin.
+
+    Raises:
+        UserError: the file cannot be read.
+    """
+    path = Path(path)
+    try:
+        if path.suffix.lower() == ".onnx":
+            import onnx
+
+            properties = onnx.load(str(path), load_external_data=False).metadata_props
+            text = next((p.value for p in properties if p.key == METADATA), "{}")
+        else:
+            with zipfile.ZipFile(path) as archive:
+                name = next((n for n in archive.namelist() if n.endswith(f"/extra/{METADATA}")), None)
+                text = archive.read(name).decode() if name else "{}"
+        return json.loads(text)
+    except Exception as error:  # a broken file makes the readers raise whatever they like
+        raise UserError(f"{path}: cannot be read: {why(error)}") from error
+
+
+def verify(small: fx.GraphModule, folder: str | os.PathLike, input_size: tuple[int, int, int]) -> dict[str, float]:
+    """Loads each artifact of a run folder back and compares its logits with the network's on random images.
+
+    Args:
+        small: the network, on any device; it stays as it is.
+        folder: the run folder.
+        input_size: (C, H, W) of the images.
+
+    Returns:
+        For each artifact's file name, the largest difference relative to the largest absolute logit, over batches of 1 and 5
+        (or of the fixed size).
+
+    Raises:
+        UserError: an artifact cannot be loaded or run, or differs by more than `TOLERANCE`.
+    """
+    folder = Path(folder)
+    paths = {WEIGHTS: folder, **{f.file: folder / f.file for f in EXPORTS.values()}}
+    return check(small, {name: path for name, path in paths.items() if (folder / name).exists()}, input_size)
+
+
+def check(small: fx.GraphModule, paths: dict[str, Path], input_size: tuple[int, int, int], *, batch: int | None = None,
+          tolerance: float = TOLERANCE) -> dict[str, float]:
+    """Loads artifacts and compares them: see `verify`.
+
+    Args:
+        paths: run folders or exported files, by name.
+        batch: images that they take at a time, where that is fixed.
+    """
+    model = cpu_copy(small)
+    only = batch or model.meta["static_batch"]
+    images = [random_images(model, n, input_size) for n in ([only] if only else [1, 5])]
+    with torch.no_grad():
+        expected = [model(x) for x in images]
+    differences = {}
+    for name, path in paths.items():
+        run, file = run_artifact(path), path / WEIGHTS if path.is_dir() else path
+        try:
+            differences[name] = max(_difference(run(x), logits) for x, logits in zip(images, expected))
+        except Exception as error:  # runtimes raise whatever they like
+            raise UserError(f"{file}: fails on random images: {why(error)}") from error
+        if not differences[name] <= tolerance:
+            raise UserError(f"{file}: its logits differ from the network's by {differences[name]:.1e} of the largest; at most {tolerance:.0e} is right")
+    return differences
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Small helpers
+
+
+def _difference(logits: torch.Tensor, expected: torch.Tensor) -> float:
+    """The largest difference relative to the largest expected logit; infinite for another shape or for NaN in one of the two."""
+    if logits.shape != expected.shape or logits.isfinite().ne(expected.isfinite()).any():
+        return math.inf
+    apart = (logits - expected).abs().nan_to_num(0.0).max()
+    return float(apart / expected.abs().max().clamp_min(torch.finfo(expected.dtype).tiny))
+
+
+@contextmanager
+def _environment(name: str, value: str) -> Iterator[None]:
+    before = os.environ.get(name)
+    os.environ[name] = value
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Keeps the exporters' prints, warnings and log lines from the user's terminal."""
+    level = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings(), redirect_stdout(StringIO()), redirect_stderr(StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(level)
