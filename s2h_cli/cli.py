@@ -166,9 +166,12 @@ def export(
     """Write the network of RUN in other formats, load each back and compare."""
     from . import run
 
-    for name, found in run.export(folder, format, opset=opset, batch=batch, half=fp16, int8=int8, spec=data, workers=workers).items():
-        accuracy = f"  top-1 {found['top1']:.2f} %" if "top1" in found else ""
-        print(f"{folder / name}  {found['bytes'] / 1e6:.2f} MB  largest relative difference {found['difference']:.1e}{accuracy}")
+    found, failed = run.export(folder, format, opset=opset, batch=batch, half=fp16, int8=int8, spec=data, workers=workers)
+    for name, facts in found.items():
+        accuracy = f"  top-1 {facts['top1']:.2f} %" if "top1" in facts else ""
+        print(f"{folder / name}  {facts['bytes'] / 1e6:.2f} MB  largest relative difference {facts['difference']:.1e}{accuracy}")
+    if failed:
+        fail("; ".join(failed))
 
 
 @app.command(epilog="Example: s2h push runs/resnet18-f0.35 me/resnet18-small")

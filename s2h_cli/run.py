@@ -6,7 +6,7 @@ import copy
 import csv
 import itertools
 import json
-import math
+import sys
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, replace
 from functools import partial
@@ -315,13 +315,10 @@ def finish(config: Config, budget: Budget, folder: Path, ending: str, job: Job, 
     plan = {**facts, "kept_indices": part.plan.by_group(), "data": {**job.preprocessing, "classes": job.classes}}
     with console.status("writing and checking artifacts"):
         artifacts.save(folder, small, plan)
-        failed, program = [], Program(small)
-        for name in exports.EXPORTS:  # one format that fails must not cost the others
-            try:
-                exports.export(program, folder, name, metadata=plan["data"])
-            except UserError as error:
-                failed.append(str(error))
-        differences = exports.verify(small, folder, input_size)
+        written, failed = exports.export_all(Program(small), folder, exports.EXPORTS, plan["data"])
+        differences = compared(small, {artifacts.WEIGHTS: folder, **written}, input_size, failed)
+        if artifacts.WEIGHTS not in differences:
+            raise UserError("; ".join(failed))
         # Accuracy is measured on the format that shares least code with us, of those that were written.
         checked = next(name for name in ("model.onnx", "model.ts", "model.pt2", artifacts.WEIGHTS) if name in differences)
         exported = accuracy_of(folder if checked == artifacts.WEIGHTS else folder / checked, val)
@@ -365,7 +362,7 @@ def inspect(model: str, *, img_size: int | None = None, divisor: int = 8, exclud
 
 
 def export(folder: Path, format: str, *, opset: int | None = None, batch: int | None = None, half: bool = False, int8: bool = False,
-           spec: str | None = None, workers: int = 4) -> dict[str, dict[str, Any]]:
+           spec: str | None = None, workers: int = 4) -> tuple[dict[str, dict[str, Any]], list[str]]:
     """Writes the network of a run in one format, or in `all`, loads each file back and compares; `plan.json` keeps what was found.
 
     Args:
@@ -374,10 +371,11 @@ def export(folder: Path, format: str, *, opset: int | None = None, batch: int | 
         spec: DATA, on whose validation images each file's accuracy is measured.
 
     Returns:
-        {file name: {difference: the largest, relative to the largest logit, top1: in percent, with `spec`, bytes}}.
+        {file name: {difference: the largest, relative to the largest logit, top1: in percent, with `spec`, bytes}}, and a line on each format
+        whose exporter failed or whose file was wrong, which is then not there.
 
     Raises:
-        UserError: there is no such run, format or data, the exporter fails, or an artifact differs.
+        UserError: there is no such run, format or data, or it cannot be quantized.
     """
     if int8 and (spec is None or format not in ("onnx", "all") or half):
         raise UserError("--int8 needs --data DATA, images to calibrate on, and --format onnx, without --fp16")
@@ -386,22 +384,32 @@ def export(folder: Path, format: str, *, opset: int | None = None, batch: int | 
     splits = loading = None
     if spec is not None:
         splits, loading = checked_data(spec, plan["data"], str(folder))
-    program = Program(small, batch=batch, half=half, opset=opset)
     metadata = {**plan["data"], **({"batch": batch} if batch else {})}
-    found = {}
-    for name in formats:
-        file = exports.export(program, folder / exports.file_of(name, "fp16" if half else ""), name, metadata=metadata)
-        tolerance = exports.HALF_TOLERANCE if half else exports.TOLERANCE
-        if int8:
-            source, file = file, folder / exports.file_of(name, "int8")
-            quantize(source, file, data.make_loader(splits.train, train=False, batch_size=batch or 32, workers=workers, flip=False, **loading), metadata)
-            tolerance = math.inf  # its accuracy says what it is worth
-        difference = exports.check(small, {file.name: file}, plan["input_size"], batch=batch, tolerance=tolerance)[file.name]
-        found[file.name] = {"difference": difference}
+    files, failed = exports.export_all(Program(small, batch=batch, half=half, opset=opset), folder, formats, metadata, "fp16" if half else "")
+    tolerance = exports.HALF_TOLERANCE if half else exports.TOLERANCE
+    if int8 and files:
+        (source,) = files.values()
+        file = folder / exports.file_of("onnx", "int8")
+        quantize(source, file, data.make_loader(splits.train, train=False, batch_size=batch or 32, workers=workers, flip=False, **loading), metadata)
+        files, tolerance = {file.name: file}, sys.float_info.max  # its accuracy says what it is worth
+    found: dict[str, dict[str, Any]] = {}
+    for name, difference in compared(small, files, plan["input_size"], failed, batch=batch, tolerance=tolerance).items():
+        found[name] = {"difference": difference}
         if spec is not None:
-            found[file.name]["top1"] = accuracy_of(file, data.make_loader(splits.val, train=False, batch_size=batch or 64, workers=workers, flip=False, **loading))
+            val = data.make_loader(splits.val, train=False, batch_size=batch or 64, workers=workers, flip=False, **loading)
+            found[name]["top1"] = accuracy_of(folder / name, val)
     artifacts.record(folder, {"files": found})
-    return {name: {**facts, "bytes": (folder / name).stat().st_size} for name, facts in found.items()}
+    return {name: {**facts, "bytes": (folder / name).stat().st_size} for name, facts in found.items()}, failed
+
+
+def compared(small: torch.fx.GraphModule, files: dict[str, Path], input_size: tuple[int, int, int], failed: list[str], **options: Any) -> dict[str, float]:
+    """The differences of `exports.check`. A file that is wrong goes, and `failed` is told why."""
+    found, wrong = exports.check(small, files, input_size, **options)
+    for name, text in wrong.items():
+        if files[name].is_file():
+            files[name].unlink()
+        failed.append(text)
+    return found
 
 
 def evaluate(artifact: Path, spec: str, *, batch_size: int, workers: int, val_fraction: float, seed: int) -> tuple[float, int]:

@@ -479,6 +479,16 @@ def test_opset_and_batch_are_those_asked_for(result, capsys):
     assert s2h("eval", "run/model.onnx", "--data", "data", "--workers", "0") == 0
 
 
+def test_a_file_that_is_wrong_goes_and_does_not_cost_the_others(result, capsys, monkeypatch):
+    monkeypatch.setitem(exports.EXPORTS, "torchscript", exports.EXPORTS["torchscript"]._replace(run=lambda file: lambda images: torch.zeros(len(images), 2)))
+    capsys.readouterr()
+    assert s2h("export", "run") == 2
+    out, err = capsys.readouterr()
+    assert err.count("\n") == 1 and "model.ts: its logits differ" in err
+    assert "model.pt2" in out and {f.name for f in result.glob("model.*")} == {"model.safetensors", "model.onnx", "model.pt2"}
+    assert set(artifacts.read_plan(result)["results"]["files"]) == {"model.safetensors", "model.onnx", "model.pt2"}
+
+
 @pytest.mark.parametrize("options, words", [(["--int8"], "--data"), (["--int8", "--data", "data", "--format", "pt2"], "--format onnx"),
                                             (["--format", "tflite"], "choose from"), (["--format", "onnx", "--opset", "3"], "opset"), (["--data", "nowhere"], "nowhere")])
 def test_exports_that_cannot_be_are_one_line(result, capsys, options, words):
