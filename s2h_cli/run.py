@@ -97,7 +97,11 @@ def prune(config: Config, console: Console, *, resume: bool = False, dry_run: bo
         distributed.leave()
         if distributed.RANK > 0:
             return []
-        return [finish(config, budget, folder_of(folder, ending), ending, job, row, console)
+        val = data.make_loader(job.splits.val, train=False, **job.loading)
+        if config.teacher == START:  # it knows these classes
+            with data.naming_images(val), console.status("measuring the network that the run started from"):
+                row = {**row, **dict.fromkeys([f"top1_start{ending}" for ending in job.method.parts], top1(job.teacher, val, job.device))}
+        return [finish(config, budget, folder_of(folder, ending), ending, job, row, val, console)
                 for budget, ending in zip(job.budgets, job.method.parts)]
     except KeyboardInterrupt:
         kept = "the last checkpoint is kept" if last.exists() else "no epoch was finished"
@@ -303,10 +307,9 @@ def asked(config: Config) -> str:
     return " ".join(f"--{kind} {share}" for kind, share in config.shares.items())
 
 
-def finish(config: Config, budget: Budget, folder: Path, ending: str, job: Job, row: dict[str, Any], console: Console) -> dict[str, Any]:
+def finish(config: Config, budget: Budget, folder: Path, ending: str, job: Job, row: dict[str, Any], val: DataLoader, console: Console) -> dict[str, Any]:
     """Writes, verifies and measures every artifact of a trained part of a method: that of this ending of its columns in the last row."""
     part, input_size = job.method.parts[ending], job.preprocessing["input_size"]
-    val = data.make_loader(job.splits.val, train=False, **job.loading)
     small = to_device(part.result(), "cpu").eval()
     facts = describe(part.plan, config.model, input_size, budget)
     counted = sum(count_macs(small, input_size).values())
@@ -322,13 +325,11 @@ def finish(config: Config, budget: Budget, folder: Path, ending: str, job: Job, 
         # Accuracy is measured on the format that shares least code with us, of those that were written.
         checked = next(name for name in ("model.onnx", "model.ts", "model.pt2", artifacts.WEIGHTS) if name in differences)
         exported = accuracy_of(folder if checked == artifacts.WEIGHTS else folder / checked, val)
-        with data.naming_images(val):  # the start's accuracy, where it knows these classes
-            start = {"start": top1(job.teacher, val, job.device)} if config.teacher == START else {}
-        trained = {name.removeprefix("top1_").removesuffix(ending): value for name, value in row.items()
+        measured = {name.removeprefix("top1_").removesuffix(ending): value for name, value in row.items()
                    if name.startswith("top1_") and name.endswith(ending)}
         files = {name: {"difference": difference} for name, difference in differences.items()}
         files[checked]["top1"] = exported
-        results = {"top1": {**start, **trained, "exported": exported}, "files": files,
+        results = {"top1": {**measured, "exported": exported}, "files": files,
                    "bytes_before": sum(t.numel() * t.element_size() for t in part.network.state_dict().values())}
         artifacts.record(folder, results)
         timed = bench.pair(config.model, part.network, str(folder), small, facts["macs"]["ratio"],
