@@ -21,6 +21,8 @@ FILE = "bench.json"
 MEMORY_BOUND = ("depthwise convolutions", "norms", "the rest, element by element")
 #: How much larger than the share of the MACs the share of the time may be before it is explained.
 SLACK = 0.05
+#: The share of the excess that such operators must have to be named as a reason.
+NOTABLE = 0.25
 #: Channels that the kernels of CPUs and GPUs like to work on at once.
 LIKED = 16
 
@@ -134,11 +136,11 @@ def reasons(pair: dict[str, Any], rows: list[dict[str, Any]], small: fx.GraphMod
         calls = sum(node.op in ("call_module", "call_function", "call_method") for node in small.graph.nodes)
         out.append(f"At batch {few} the fixed cost of each of its {calls} operators counts, and cutting channels removes none of them: "
                    f"{', '.join(f'{time[f, few]:.2f} of the time at batch {few}, {time[f, many]:.2f} at {many} ({f})' for f in overhead)}.")
-    total = sum(after for _, after in pair["kinds"].values())
-    bound = {kind: pair["kinds"][kind][1] / total for kind in MEMORY_BOUND if kind in pair["kinds"]}
-    if sum(bound.values()) > pair["macs"]:
-        out.append(f"{sum(bound.values()):.0%} of its time goes to operators that memory bounds, not arithmetic, with next to no MACs: "
-                   f"{', '.join(f'{kind} {share:.0%}' for kind, share in bound.items())}.")
+    over = {kind: after - pair["macs"] * before for kind, (before, after) in pair["kinds"].items() if after > pair["macs"] * before}
+    bound = {kind: over[kind] / sum(over.values()) for kind in MEMORY_BOUND if kind in over}
+    if sum(bound.values()) > NOTABLE:
+        out.append(f"{sum(bound.values()):.0%} of what it spends beyond {pair['macs']:.2f} of the time before goes to operators that memory bounds, not "
+                   f"arithmetic, with next to no MACs: {', '.join(f'{kind} {share:.0%}' for kind, share in bound.items())}.")
     widths = [layer.out_channels if isinstance(layer, nn.modules.conv._ConvNd) else layer.out_features
               for layer in small.modules() if isinstance(layer, (nn.modules.conv._ConvNd, nn.Linear))]
     odd = sum(width % LIKED > 0 for width in widths)
