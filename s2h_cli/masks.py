@@ -25,7 +25,7 @@ from .plan import Plan, Space
 
 
 #: How near to a latency asked for the clock must find a network, as shares of it; what is aimed at; and how often it is tried.
-NEAR, AIM, TRIES = (0.97, 1.0), 0.985, 8
+NEAR, AIM, TRIES = (0.98, 1.0), 0.99, 8
 
 
 class Masks(nn.Module):
@@ -171,8 +171,6 @@ def fit_budget(space: Space, value: list[np.ndarray], budget: Budget) -> np.ndar
         if tried and np.array_equal(widths, tried[-1][2]):  # another limit, or the step of a width, allows no other
             break
         share = space.clock(widths) / budget.latency
-        if NEAR[0] <= share <= NEAR[1]:  # seen twice: one measurement may be off
-            share = (share + space.clock(widths) / budget.latency) / 2
         if tried and share != tried[-1][1]:
             slope = min(4.0, max(0.25, math.log(share / tried[-1][1]) / math.log(allowed / tried[-1][0])))
         tried.append((allowed, share, widths))
