@@ -72,6 +72,8 @@ def read_plan(path: str | os.PathLike) -> dict[str, Any]:
             raise UserError(f"{folder}: no {name} in it; give " + (f"one of its results: {', '.join(parts)}" if parts else "the folder of a finished run"))
     try:
         plan = json.loads((folder / PLAN).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{folder / PLAN}: cannot be read: {why(error)}") from error
     except ValueError as error:
         raise UserError(f"{folder / PLAN}: not JSON: {why(error)}") from error
     if not isinstance(plan, dict) or not isinstance(plan.get("network"), dict):

@@ -33,8 +33,8 @@ def bench(items: list[str], *, formats: list[str], batches: list[int], img_size:
     of a run is kept in its folder.
 
     Returns:
-        {place, rows, pairs}, as plain data; each pair is {before, after, macs, kinds, reasons}: names of networks, the share of the MACs,
-        the seconds that a batch of the largest size spends in each kind of operator (`latency.by_kind`) before and after, and sentences.
+        {place, rows, pairs, not_kept}, as plain data: not_kept are lines on folders that cannot be written to; each pair is {before, after, macs, kinds, reasons}: names of networks, the share of the MACs,
+        the seconds that a batch of the largest size that was timed spends in each kind of operator (`latency.by_kind`) before and after, and sentences.
 
     Raises:
         UserError: an item cannot be loaded, or there is no such format.
@@ -50,15 +50,24 @@ def bench(items: list[str], *, formats: list[str], batches: list[int], img_size:
         if len(found) == 2:
             pairs.append({"before": found[0].name, "after": found[1].name, "macs": artifacts.read_plan(hub.local(item))["macs"]["ratio"]})
     rows = latency.compare(list(subjects.values()), formats, batches, where, threads, seconds, told)
+    if not rows:
+        raise UserError(f"{', '.join(items)}: nothing of it can be timed in {', '.join(formats)}; choose the --format of the file, or give a run")
     for pair in pairs:
+        timed = medians(pair, rows)
+        if not timed:  # its rows say why
+            continue
         both = [subjects[pair[which]] for which in ("before", "after")]
-        before, after = (latency.by_kind(subject.network, max(batches), where, threads) for subject in both)
+        before, after = (latency.by_kind(subject.network, max(batch for _, batch in timed), where, threads) for subject in both)
         pair["kinds"] = {kind: [before.get(kind, 0.0), after.get(kind, 0.0)] for kind in latency.KINDS if kind in before | after}
         pair["reasons"] = reasons(pair, rows, both[1].network)
-    found = {"place": latency.describe(where, threads), "rows": rows, "pairs": pairs}
+    pairs = [pair for pair in pairs if "kinds" in pair]
+    found = {"place": latency.describe(where, threads), "rows": rows, "pairs": pairs, "not_kept": []}
     for pair in pairs:
         own = [row for row in rows if row["network"] in (pair["before"], pair["after"])]
-        keep(hub.local(pair["after"]), {**found, "rows": own, "pairs": [pair]})
+        try:
+            keep(hub.local(pair["after"]), {"place": found["place"], "rows": own, "pairs": [pair]})
+        except UserError as error:  # what was measured is shown all the same
+            found["not_kept"].append(str(error))
     return found
 
 
@@ -108,7 +117,8 @@ def whole_network(plan: dict[str, Any]) -> fx.GraphModule:
     Raises:
         UserError: its model cannot be built any more.
     """
-    source = load_source(plan["model"], num_classes=len(plan["data"]["classes"]), pretrained=False, img_size=plan["input_size"][-1])
+    _, high, wide = plan["input_size"]  # one that is not square is the model's own
+    source = load_source(plan["model"], num_classes=len(plan["data"]["classes"]), pretrained=False, img_size=high if high == wide else None)
     return capture(source.module, source.input_size).network
 
 

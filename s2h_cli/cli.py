@@ -29,6 +29,8 @@ MODEL = typer.Argument(metavar="MODEL", help="A timm name (resnet50), torchvisio
 DATA = typer.Option(help="A folder with train/ and val/, a folder of class folders, 'digits', or a timm data set such as torch/cifar100.",
                     show_default=False)
 
+SKIP = typer.Option("--skip-bad-images", help="Leave unreadable images out.")
+
 
 def setting(text: str, *names: str, default: Any = None, **options: Any) -> Any:
     """An option whose value, where it is not given, a recipe or the defaults of `config` say."""
@@ -161,12 +163,13 @@ def export(
     fp16: Annotated[bool, typer.Option("--fp16", help="Weights and arithmetic in float16; images and logits stay float32.")] = False,
     int8: Annotated[bool, typer.Option("--int8", help="Quantize to int8, calibrated on training images of --data; ONNX alone.")] = False,
     data: Annotated[Optional[str], typer.Option(help="Measure the accuracy of each file on the validation images of this data.", show_default=False)] = None,
+    skip_bad_images: Annotated[bool, SKIP] = False,
     workers: Annotated[int, typer.Option(min=0, help="Processes that load images.")] = 4,
 ) -> None:
     """Write the network of RUN in other formats, load each back and compare."""
     from . import run
 
-    found, failed = run.export(folder, format, opset=opset, batch=batch, half=fp16, int8=int8, spec=data, workers=workers)
+    found, failed = run.export(folder, format, opset=opset, batch=batch, half=fp16, int8=int8, spec=data, skip_bad_images=skip_bad_images, workers=workers)
     for name, facts in found.items():
         accuracy = f"  top-1 {facts['top1']:.2f} %" if "top1" in facts else ""
         print(f"{folder / name}  {facts['bytes'] / 1e6:.2f} MB  largest relative difference {facts['difference']:.1e}{accuracy}")
@@ -242,19 +245,20 @@ def bench(
     from . import bench, latency
     from .report import tables
 
-    batches = sorted({int(n) for n in batch.split(",") if n.strip().isdigit() and int(n) > 0})
+    batches = sorted({int(n) for n in batch.split(",") if n.strip().isdecimal() and int(n) > 0})
     if len(batches) < len(batch.split(",")):
         fail(f"--batch {batch} is no number of images; give one, such as 1, or several, such as 1,32")
     formats = format.split(",") if format else latency.installed()
     with tables.console(stderr=True).status("loading") as status:
         found = bench.bench(items, formats=formats, batches=batches, img_size=img_size, device=device, threads=threads, seconds=seconds,
                             told=lambda what: status.update(f"timing {what}"))
+    failed = [f"{row['network']} in {row['format']}: {row['failed']}" for row in found["rows"] if "failed" in row] + found.pop("not_kept")
     if as_json:
         print(json.dumps(found, indent=1))
     else:
         tables.console().print(tables.latencies(found))
-    if failed := [row for row in found["rows"] if "failed" in row]:
-        fail("; ".join(dict.fromkeys(f"{row['network']} in {row['format']}: {row['failed']}" for row in failed)))
+    if failed:
+        fail("; ".join(dict.fromkeys(failed)))
 
 
 @app.command("eval", epilog="Example: s2h eval runs/resnet18-f0.35/model.onnx --data digits")
@@ -263,13 +267,14 @@ def evaluate(
     data: Annotated[str, DATA],
     batch_size: Annotated[int, typer.Option(min=1, help="Images per step.")] = 64,
     workers: Annotated[int, typer.Option(min=0, help="Processes that load images.")] = 4,
-    val_fraction: Annotated[float, typer.Option(help="As for prune.")] = 0.1,
-    seed: Annotated[int, typer.Option(help="As for prune: decides which images of a single folder are validated on.")] = 0,
+    val_fraction: Annotated[Optional[float], setting("As for prune. [default: that of the run]")] = None,
+    seed: Annotated[Optional[int], setting("As for prune: decides which images of a single folder are validated on. [default: that of the run]")] = None,
+    skip_bad_images: Annotated[bool, SKIP] = False,
 ) -> None:
     """Measure the top-1 accuracy of a result on the validation images of DATA."""
     from . import run
 
-    accuracy, images = run.evaluate(artifact, data, batch_size=batch_size, workers=workers, val_fraction=val_fraction, seed=seed)
+    accuracy, images = run.evaluate(artifact, data, batch_size=batch_size, workers=workers, val_fraction=val_fraction, seed=seed, skip_bad_images=skip_bad_images)
     print(f"{artifact}  top-1 {accuracy:.2f} % of {images} images")
 
 
@@ -277,6 +282,9 @@ def main(args: list[str] | None = None) -> None:
     """Runs the command line; an error that a user can mend ends in one line and exit code 2."""
     warnings.filterwarnings("ignore")
     logging.disable(logging.WARNING)
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # a name that the terminal has no letters for must not end a run
+            stream.reconfigure(errors="replace")
     args = (sys.argv[1:] if args is None else args) or ["--help"]
     try:
         code = app(args=args, standalone_mode=False)

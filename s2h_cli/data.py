@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from timm.data import ImageDataset, create_dataset, create_transform
 from timm.data.readers.img_extensions import get_img_extensions
-from torch.utils.data import DataLoader, Dataset, Sampler, default_collate, get_worker_info
+from torch.utils.data import DataLoader, Dataset, Sampler, Subset, default_collate, get_worker_info
 
 from .config import Recipe
 from .errors import UserError, why
@@ -118,6 +118,13 @@ def _randomness(seed: int) -> Iterator[None]:
         random.setstate(python)
         np.random.set_state(array)
         torch.set_rng_state(cpu)
+
+
+def some(images: ImageSet, count: int) -> ImageSet:
+    """So many images of a set, drawn at random, always the same; all where there are fewer."""
+    chosen = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))[:count].tolist()
+    source = [images.source[i] for i in chosen] if isinstance(images.source, list) else Subset(images.source, chosen)
+    return ImageSet(source, images.origin, images.skip_bad)
 
 
 def bad_images(dataset: ImageSet) -> list[str]:

@@ -10,6 +10,9 @@ from typing import Iterator
 
 from .errors import UserError, why
 
+#: What the folders aside are called, before the number of the process that writes.
+ASIDE = ".writing-"
+
 
 @contextmanager
 def writing(folder: Path) -> Iterator[Path]:
@@ -18,14 +21,33 @@ def writing(folder: Path) -> Iterator[Path]:
     Raises:
         UserError: a file cannot be written; those that were there before stay as they were.
     """
-    aside = folder / ".writing"
+    aside = folder / f"{ASIDE}{os.getpid()}"
     try:
-        shutil.rmtree(aside, ignore_errors=True)  # left by a run that was killed
+        for left in folder.glob(f"{ASIDE}*"):  # by a process that was killed, perhaps with the number of this one
+            if left == aside or not _runs(int(left.name.removeprefix(ASIDE))):
+                shutil.rmtree(left, ignore_errors=True)
         aside.mkdir(parents=True)
         yield aside
         for file in sorted(aside.iterdir()):
             os.replace(file, folder / file.name)
     except OSError as error:
-        raise UserError(f"cannot write to '{folder}' ({why(error)}); free some space or choose another folder with -o") from error
+        raise cannot_write(folder, error) from error
     finally:
         shutil.rmtree(aside, ignore_errors=True)
+
+
+def cannot_write(folder: Path, error: OSError) -> UserError:
+    return UserError(f"cannot write to '{folder}' ({why(error)}); free some space or choose another folder with -o")
+
+
+def _runs(process: int) -> bool:
+    """Whether there is a process of this number; on systems where that cannot be asked, yes."""
+    if os.name != "posix":
+        return True
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # it is another user's
+        pass
+    return True

@@ -21,9 +21,16 @@ file = str(Path(__file__).with_name("{file}"))
 {load}
 (channels, *size), mean, std = about["input_size"], np.array(about["mean"], np.float32), np.array(about["std"], np.float32)
 for path in sys.argv[1:]:
-    image = Image.open(path).convert("L" if channels == 1 else "RGB")
-    side = int(size[0] / about["crop_pct"])  # of the image's shorter side, from whose middle the input is cut
-    width, height = (side if n == min(image.size) else int(side * n / min(image.size)) for n in image.size)
+    image = Image.open(path)
+    if image.mode.startswith("I;16"):  # 16 bits of grey, which pillow would clip
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    image = image.convert("L" if channels == 1 else "RGB")
+    high, wide = (int(n / about["crop_pct"]) for n in size)  # what the image must fill; the input is cut from its middle
+    if high == wide:
+        width, height = (high if n == min(image.size) else int(high * n / min(image.size)) for n in image.size)
+    else:
+        scale = min(image.height / high, image.width / wide)
+        width, height = round(image.width / scale), round(image.height / scale)
     image = image.resize((width, height), getattr(Image.Resampling, about["interpolation"].upper()))
     left, top = round((width - size[1]) / 2), round((height - size[0]) / 2)
     pixels = np.asarray(image.crop((left, top, left + size[1], top + size[0])), np.float32).reshape(*size, channels) / 255
@@ -74,7 +81,7 @@ With s2h, as an ordinary `torch.nn` network to train on:
 ```python
 import s2h_cli
 
-model = s2h_cli.load("{folder}")
+model = s2h_cli.load(".")   # this folder, or hf://USER/NAME
 ```
 
 ## How it was made
@@ -97,9 +104,9 @@ def write_handout(folder: Path, data: str, method: str, command: str) -> None:
             file = exports.EXPORTS[format].file if format in exports.EXPORTS else ""
             if (folder / file).is_file():
                 name = f"infer_{format}.py"
-                (aside / name).write_text(SCRIPT.format(name=name, file=file, **parts))
+                (aside / name).write_text(SCRIPT.format(name=name, file=file, **parts), encoding="utf-8")
                 scripts.append(f"python {name} image.jpg".ljust(40) + f"# {parts['needs']}")
-        (aside / "README.md").write_text(card(folder, plan, data, method, command, scripts))
+        (aside / "README.md").write_text(card(folder, plan, data, method, command, scripts), encoding="utf-8", errors="replace")
 
 
 def card(folder: Path, plan: dict[str, Any], data: str, method: str, command: str, scripts: list[str]) -> str:
@@ -111,5 +118,5 @@ def card(folder: Path, plan: dict[str, Any], data: str, method: str, command: st
     return CARD.format(
         model=plan["model"], ratio=macs["ratio"], method=method, size="x".join(map(str, plan["input_size"][1:])), count=len(classes),
         classes=", ".join(classes[:10]) + (", …" if len(classes) > 10 else ""), rows="\n".join(f"| {' | '.join(row)} |" for row in rows),
-        convention=CONVENTION, data=data, scripts="\n".join(scripts), folder=folder, command=command,
+        convention=CONVENTION, data=data, scripts="\n".join(scripts), command=command,
         versions=", ".join(f"{name} {version}" for name, version in plan["versions"].items() if version))

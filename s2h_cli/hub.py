@@ -10,7 +10,7 @@ from .errors import UserError, why
 
 HUB = "hf://"
 #: What of a run folder is pushed: all but checkpoints and TensorBoard's files.
-PUSHED = ["README.md", "plan.json", "model.*", "infer_*.py", "report.html", "args.yaml", "*.csv", "bench.json"]
+PUSHED = ["README.md", "plan.json", "model.*", "model-*", "infer_*.py", "report.html", "args.yaml", "*.csv", "bench.json"]
 
 
 def local(spec: str | os.PathLike) -> Path:

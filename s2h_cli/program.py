@@ -69,8 +69,8 @@ def _halve(model: fx.GraphModule) -> None:
     """Makes the network compute in float16 between images and logits of float32."""
     model.half()
     for node in model.graph.nodes:
-        if node.kwargs.get("dtype") == torch.float32:
-            node.update_kwarg("dtype", torch.float16)
+        node.args, node.kwargs = (fx.node.map_aggregate(given, lambda value: torch.float16 if value is torch.float32 else value)
+                                  for given in (node.args, node.kwargs))
         if node.op == "placeholder":
             with model.graph.inserting_after(node):
                 cast = model.graph.call_function(torch.ops.aten._to_copy.default, (node,), {"dtype": torch.float16})

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +16,15 @@ from .files import writing
 CALIBRATION_IMAGES = 512
 
 
-def quantize(source: Path, target: Path, loader: DataLoader, metadata: dict[str, Any]) -> None:
+def quantize(source: Path, target: Path, loader: DataLoader, metadata: dict[str, Any], fixed: bool) -> None:
     """Writes an int8 copy of an ONNX file: static quantization, in the form with QuantizeLinear and DequantizeLinear nodes that other
     runtimes read too.
 
     Args:
         source: a float32 ONNX file of `exports.export`.
         target: the file to write.
-        loader: gives batches of images (N, C, H, W), of which the first are looked at.
+        loader: gives batches of images (N, C, H, W); `CALIBRATION_IMAGES` of all classes are enough.
+        fixed: whether the network takes a batch of this size alone; an incomplete one is left out.
         metadata: as for `exports.export`.
 
     Raises:
@@ -36,8 +36,8 @@ def quantize(source: Path, target: Path, loader: DataLoader, metadata: dict[str,
 
     class Images(CalibrationDataReader):
         def __init__(self):
-            batches = islice(loader, max(1, CALIBRATION_IMAGES // loader.batch_sampler.batch_size))
-            self.feeds = ({"images": images.numpy()} for images, _ in batches)
+            size = loader.batch_sampler.batch_size
+            self.feeds = ({"images": images.numpy()} for images, _ in loader if len(images) == size or not fixed)
 
         def get_next(self) -> dict[str, Any] | None:
             return next(self.feeds, None)
@@ -54,5 +54,7 @@ def quantize(source: Path, target: Path, loader: DataLoader, metadata: dict[str,
                 model.metadata_props.clear()
                 onnx.helper.set_model_props(model, {exports.METADATA: json.dumps(metadata)})
                 onnx.save(model, str(quantized))
+        except UserError:  # an image that cannot be read
+            raise
         except Exception as error:  # the quantizer raises whatever it likes
             raise UserError(f"ONNX Runtime cannot quantize {source} ({why(error)}); export it with --fp16 instead") from error

@@ -24,16 +24,16 @@ from .config import Config, latency_share, resumed, write
 from .cost import count_macs
 from .device import pick_device
 from .errors import UserError
-from .files import writing
+from .files import cannot_write, writing
 from .graph import capture, to_device
 from .handout import write_handout
-from .latency import FORMATS
+from .latency import installed
 from .methods import FROM_TRAINED, METHODS
 from .methods.oneshot import OneShot
 from .methods.several import Several
 from .plan import Plan, Space
 from .program import Program
-from .quantize import quantize
+from .quantize import CALIBRATION_IMAGES, quantize
 from .report import page
 from .report.curves import Curves, check_log, start_log
 from .report.facts import describe
@@ -76,9 +76,9 @@ def prune(config: Config, console: Console, *, resume: bool = False, dry_run: bo
     if config.sync_bn and distributed.WORLD > 1 and device.type == "cpu":
         raise UserError("--sync-bn needs GPUs: torch has no such batch norm for CPUs; leave it away")
     distributed.join(device)
-    if not resume:
-        folder = Path(distributed.from_first(str(new_folder(config) if distributed.RANK == 0 else "")))
-    last = folder / "checkpoints" / "last"
+    if not resume and distributed.RANK == 0:
+        new_folder(config)  # raises, before anything is loaded
+    last = folder / "checkpoints" / "last" if resume else None
     state = checkpoint.load(last) if resume and last.exists() else None
     job = prepare(config, device, console, folder if resume else None, resuming=state is not None)
     if dry_run:
@@ -86,10 +86,14 @@ def prune(config: Config, console: Console, *, resume: bool = False, dry_run: bo
             try_step(job.method, job.train, config, len(job.classes), job.teacher)
         console.print(f"dry run: the budget can be met, a step works, nothing was written. To train:\n  {config.command()}", soft_wrap=True)
         return []
+    if not resume:  # another run may have taken the name since
+        folder = Path(distributed.from_first(str(made_folder(config)) if distributed.RANK == 0 else ""))
+        last = folder / "checkpoints" / "last"
     if distributed.RANK == 0 and not resume:
         write(config, folder)
         if job.latency:
-            (folder / LATENCY).write_text(json.dumps(asdict(job.latency)))
+            with writing(folder) as aside:
+                (aside / LATENCY).write_text(json.dumps(asdict(job.latency)))
         distributed.remember("folder", str(folder))
     config.output = str(folder)
     try:
@@ -132,8 +136,8 @@ def check_settings(config: Config) -> None:
         raise UserError(f"no --method {config.method}; choose from {', '.join(METHODS)}")
     if config.epochs == 0 and config.method != "s2h":
         raise UserError(f"--epochs 0 trains nothing: it cuts once, by importance; leave --method {config.method} away, or train for some epochs")
-    if config.latency_format not in FORMATS:
-        raise UserError(f"no --latency-format {config.latency_format}; choose from {', '.join(FORMATS)}")
+    if config.latency_format not in (here := installed()):
+        raise UserError(f"no --latency-format {config.latency_format} here; choose from {', '.join(here)}")
     if config.method == "stp" and config.latency:
         raise UserError("--method stp explores more networks than can be timed: it takes no --latency; choose another method")
     if config.method == "dense" and (config.latency or config.budgets != [Budget(flops=1.0)]):
@@ -158,6 +162,8 @@ def prepare(config: Config, device: torch.device, console: Console, folder: Path
     classes = splits.class_names
     config.img_size = config.img_size or IMG_SIZE.get(config.data)
     seed_everything(config.seed, 0)
+    if is_run(config.model) and not config.pretrained:
+        raise UserError(f"--no-pretrained: '{config.model}' is a run, and has the weights that it ended with; give its model to start from random ones")
     source = load_source(config.model, num_classes=len(classes), pretrained=config.pretrained,
                          weights=Path(config.weights) if config.weights else None, img_size=config.img_size,
                          fetch=not resuming or config.teacher == START, drop=config.drop, drop_path=config.drop_path)
@@ -315,11 +321,12 @@ def finish(config: Config, budget: Budget, folder: Path, ending: str, job: Job, 
     counted = sum(count_macs(small, input_size).values())
     if counted != facts["macs"]["pruned"] or not budget.met(part.plan.space, part.plan.widths):
         raise RuntimeError(f"the plan says {facts['macs']}, fvcore counts {counted}: please report this")
-    plan = {**facts, "kept_indices": part.plan.by_group(), "data": {**job.preprocessing, "classes": job.classes}}
+    plan = {**facts, "kept_indices": part.plan.by_group(), "data": {**job.preprocessing, "classes": job.classes, "split": {"val_fraction": config.val_fraction, "seed": config.seed}}}
     with console.status("writing and checking artifacts"):
         artifacts.save(folder, small, plan)
-        written, failed = exports.export_all(Program(small), folder, exports.EXPORTS, plan["data"])
-        differences = compared(small, {artifacts.WEIGHTS: folder, **written}, input_size, failed)
+        with writing(folder) as aside:
+            files, failed = exports.export_all(Program(small), aside, exports.EXPORTS, plan["data"])
+            differences = compared(small, {artifacts.WEIGHTS: folder, **files}, input_size, failed)
         if artifacts.WEIGHTS not in differences:
             raise UserError("; ".join(failed))
         # Accuracy is measured on the format that shares least code with us, of those that were written.
@@ -327,9 +334,9 @@ def finish(config: Config, budget: Budget, folder: Path, ending: str, job: Job, 
         exported = accuracy_of(folder if checked == artifacts.WEIGHTS else folder / checked, val)
         measured = {name.removeprefix("top1_").removesuffix(ending): value for name, value in row.items()
                    if name.startswith("top1_") and name.endswith(ending)}
-        files = {name: {"difference": difference} for name, difference in differences.items()}
-        files[checked]["top1"] = exported
-        results = {"top1": {**measured, "exported": exported}, "files": files,
+        found = {name: {"difference": difference} for name, difference in differences.items()}
+        found[checked]["top1"] = exported
+        results = {"top1": {**measured, "exported": exported}, "files": found,
                    "bytes_before": sum(t.numel() * t.element_size() for t in part.network.state_dict().values())}
         artifacts.record(folder, results)
         timed = bench.pair(config.model, part.network, str(folder), small, facts["macs"]["ratio"],
@@ -363,7 +370,7 @@ def inspect(model: str, *, img_size: int | None = None, divisor: int = 8, exclud
 
 
 def export(folder: Path, format: str, *, opset: int | None = None, batch: int | None = None, half: bool = False, int8: bool = False,
-           spec: str | None = None, workers: int = 4) -> tuple[dict[str, dict[str, Any]], list[str]]:
+           spec: str | None = None, skip_bad_images: bool = False, workers: int = 4) -> tuple[dict[str, dict[str, Any]], list[str]]:
     """Writes the network of a run in one format, or in `all`, loads each file back and compares; `plan.json` keeps what was found.
 
     Args:
@@ -373,7 +380,7 @@ def export(folder: Path, format: str, *, opset: int | None = None, batch: int | 
 
     Returns:
         {file name: {difference: the largest, relative to the largest logit, top1: in percent, with `spec`, bytes}}, and a line on each format
-        whose exporter failed or whose file was wrong, which is then not there.
+        whose exporter failed or whose file was wrong; what was there before stays.
 
     Raises:
         UserError: there is no such run, format or data, or it cannot be quantized.
@@ -384,27 +391,30 @@ def export(folder: Path, format: str, *, opset: int | None = None, batch: int | 
     plan, small = artifacts.read_plan(folder), artifacts.load(folder)
     splits = loading = None
     if spec is not None:
-        splits, loading = checked_data(spec, plan["data"], str(folder))
+        splits, loading = checked_data(spec, plan["data"], str(folder), skip_bad_images=skip_bad_images)
+        loading |= dict(train=False, batch_size=batch or 64, workers=workers, flip=False)
     metadata = {**plan["data"], **({"batch": batch} if batch else {})}
-    files, failed = exports.export_all(Program(small, batch=batch, half=half, opset=opset), folder, formats, metadata, "fp16" if half else "")
+    kind = "-".join(word for word in ("fp16" * half, f"b{batch}" * bool(batch)) if word)  # what is no drop-in for the others has a name of its own
     tolerance = exports.HALF_TOLERANCE if half else exports.TOLERANCE
-    if int8 and files:
-        (source,) = files.values()
-        file = folder / exports.file_of("onnx", "int8")
-        quantize(source, file, data.make_loader(splits.train, train=False, batch_size=batch or 32, workers=workers, flip=False, **loading), metadata)
-        files, tolerance = {file.name: file}, sys.float_info.max  # its accuracy says what it is worth
     found: dict[str, dict[str, Any]] = {}
-    for name, difference in compared(small, files, plan["input_size"], failed, batch=batch, tolerance=tolerance).items():
-        found[name] = {"difference": difference}
-        if spec is not None:
-            val = data.make_loader(splits.val, train=False, batch_size=batch or 64, workers=workers, flip=False, **loading)
-            found[name]["top1"] = accuracy_of(folder / name, val)
+    with writing(folder) as aside:  # what turns out wrong takes the place of nothing
+        files, failed = exports.export_all(Program(small, batch=batch, half=half, opset=opset), aside, formats, metadata, kind)
+        if int8 and files:
+            (source,) = files.values()
+            file = aside / exports.file_of("onnx", "-".join(["int8", *filter(None, [kind])]))
+            quantize(source, file, data.make_loader(data.some(splits.train, CALIBRATION_IMAGES), **loading), metadata, fixed=bool(batch))
+            source.unlink()
+            files, tolerance = {file.name: file}, sys.float_info.max  # its accuracy says what it is worth
+        for name, difference in compared(small, files, plan["input_size"], failed, batch=batch, tolerance=tolerance).items():
+            found[name] = {"difference": difference}
+            if spec is not None:
+                found[name]["top1"] = accuracy_of(aside / name, data.make_loader(splits.val, **loading))
     artifacts.record(folder, {"files": found})
     return {name: {**facts, "bytes": (folder / name).stat().st_size} for name, facts in found.items()}, failed
 
 
 def compared(small: torch.fx.GraphModule, files: dict[str, Path], input_size: tuple[int, int, int], failed: list[str], **options: Any) -> dict[str, float]:
-    """The differences of `exports.check`. A file that is wrong goes, and `failed` is told why."""
+    """The differences of `exports.check`. A file that is wrong goes, and `failed` is told why. `files`: not yet in their place."""
     found, wrong = exports.check(small, files, input_size, **options)
     for name, text in wrong.items():
         if files[name].is_file():
@@ -413,8 +423,8 @@ def compared(small: torch.fx.GraphModule, files: dict[str, Path], input_size: tu
     return found
 
 
-def evaluate(artifact: Path, spec: str, *, batch_size: int, workers: int, val_fraction: float, seed: int) -> tuple[float, int]:
-    """Top-1 accuracy in percent of a run folder or an exported file on the validation images of DATA, and their number.
+def evaluate(artifact: Path, spec: str, *, batch_size: int, workers: int, **split: Any) -> tuple[float, int]:
+    """Top-1 accuracy in percent of a run folder or an exported file on the validation images of DATA, and their number. `split`: see `checked_data`.
 
     Raises:
         UserError: the artifact or the data cannot be read, or their classes differ.
@@ -422,21 +432,22 @@ def evaluate(artifact: Path, spec: str, *, batch_size: int, workers: int, val_fr
     metadata = artifacts.read_plan(artifact)["data"] if artifact.is_dir() else exports.read_metadata(artifact)
     if "classes" not in metadata:
         raise UserError(f"'{artifact}' does not tell its classes and preprocessing: s2h did not write it; give a run or its files")
-    splits, loading = checked_data(spec, metadata, str(artifact), val_fraction=val_fraction, seed=seed)
+    splits, loading = checked_data(spec, metadata, str(artifact), **split)
     val = data.make_loader(splits.val, train=False, batch_size=batch_size, workers=workers, flip=False, **loading)
     return accuracy_of(artifact, val), len(splits.val)
 
 
 def checked_data(spec: str, metadata: dict[str, Any], name: str, **options: Any) -> tuple[data.Splits, dict[str, Any]]:
-    """DATA that an artifact can be run on, and how its images are prepared.
+    """DATA that an artifact can be run on, and how its images are prepared. Where `options` of `data.open_splits` are None, those of the run
+    count: else the images that it validates on would be those that the run trained on.
 
     Raises:
         UserError: it cannot be read, or has other classes than the artifact's metadata.
     """
-    splits = data.open_splits(spec, **options)
     loading = dict(metadata)
     classes = loading.pop("classes")
     loading.pop("batch", None)
+    splits = data.open_splits(spec, **loading.pop("split", {}) | {name: value for name, value in options.items() if value is not None})
     if splits.class_names != classes:
         raise UserError(f"'{spec}' has other classes ({', '.join(splits.class_names[:5])}, ...) than '{name}' "
                         f"({', '.join(classes[:5])}, ...); give data of the same classes")
@@ -471,6 +482,23 @@ def new_folder(config: Config) -> Path:
     if Path(config.output).exists():
         raise UserError(f"'{config.output}' exists and is kept; add --resume to go on with it, or choose another folder with -o")
     return Path(config.output)
+
+
+def made_folder(config: Config) -> Path:
+    """Makes `new_folder`, so that no other run takes it.
+
+    Raises:
+        UserError: it cannot be made, or `-o` exists by now.
+    """
+    while True:
+        folder = new_folder(config)
+        try:
+            folder.mkdir(parents=True)
+            return folder
+        except FileExistsError:
+            continue
+        except OSError as error:
+            raise cannot_write(folder, error) from error
 
 
 def old_folder(config: Config) -> Path:

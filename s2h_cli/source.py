@@ -24,6 +24,7 @@ from torch import nn
 
 from . import artifacts, hub
 from .errors import UserError, why
+from .exports import quiet
 
 TORCHVISION = "torchvision:"
 OWN = re.compile(r"\.py(:|$)")  # in the spec of a model that the user's own code builds
@@ -110,9 +111,10 @@ def load_source(
     download = wanted and fetch
     own = OWN.search(spec) is not None
     rates = {name: rate for name, rate in (("drop_rate", drop), ("drop_path_rate", drop_path)) if rate is not None}
-    if rates and (own or spec.startswith(TORCHVISION)):
-        raise UserError(f"--drop and --drop-path are for timm's models; set the rates of '{spec}' where it is built")
-    if is_run(spec):
+    run = is_run(spec)
+    if rates and (own or run or spec.startswith(TORCHVISION)):
+        raise UserError("--drop and --drop-path are for timm's models; " + (f"leave them away: '{spec}' is a run" if run else f"set the rates of '{spec}' where it is built"))
+    if run:
         source = _from_run(spec, img_size)
     elif own:
         source = _from_file(spec, num_classes, img_size)
@@ -405,7 +407,7 @@ def _count_outputs(source: Source) -> int:
     """Runs the model on one blank image and returns the length of its output."""
     channels, height, width = source.input_size
     try:
-        with torch.no_grad():
+        with torch.no_grad(), quiet():  # torch.fx prints the code of a graph that fails
             output = source.module(torch.zeros(1, *source.input_size))
     except Exception as error:
         raise UserError(

@@ -9,9 +9,10 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
-from . import artifacts
+from . import artifacts, hub
 from .errors import UserError, why
-from .source import Source, load_source
+from .exports import quiet
+from .source import Source, is_run, load_source
 from .train.evaluate import top1
 from .train.loop import first_batches
 
@@ -57,7 +58,8 @@ def load_teacher(spec: str, pupil: Source, classes: list[str], device: torch.dev
         UserError: it cannot be loaded, has no trained weights, or is of other classes.
     """
     path = Path(spec)
-    if path.is_dir():
+    if is_run(spec):
+        path = hub.local(spec)
         data = artifacts.read_plan(path)["data"]
         if data["classes"] != classes:
             raise UserError(f"the teacher '{spec}' knows other classes ({', '.join(data['classes'][:5])}, ...); give one trained on these")
@@ -71,7 +73,7 @@ def load_teacher(spec: str, pupil: Source, classes: list[str], device: torch.dev
             raise UserError(f"the teacher '{spec}' has no trained weights for these classes; give a file of weights, or a run's folder")
         network, mean, std = source.module, source.mean, source.std
     try:
-        with torch.no_grad():
+        with torch.no_grad(), quiet():  # torch.fx prints the code of a graph that fails
             found = network.eval()(torch.zeros(2, *pupil.input_size)).shape[-1]
     except Exception as error:  # whatever a model's own code raises
         size = "x".join(map(str, pupil.input_size))

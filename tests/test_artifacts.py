@@ -14,10 +14,11 @@ import torch
 from torch import fx, nn
 
 from helpers import captured, random_plan
-from s2h_cli import artifacts, exports, network_json
+from s2h_cli import artifacts, data, exports, network_json, run
 from s2h_cli.errors import UserError
 from s2h_cli.graph import capture
 from s2h_cli.plan import Plan, Space
+from s2h_cli.program import Program
 from s2h_cli.rebuild import rebuild
 from s2h_cli.source import load_source
 from toy import PRUNE, s2h
@@ -473,10 +474,41 @@ def test_a_result_in_int8_is_calibrated_and_measured(result, capsys):
 
 def test_opset_and_batch_are_those_asked_for(result, capsys):
     found = exported(capsys, "--format", "onnx", "--opset", "19", "--batch", "3", "--data", "data")  # 16 images: the last batch lacks two
-    model = onnx.load(str(result / "model.onnx"))
+    model = onnx.load(str(result / "model-b3.onnx"))
     assert model.opset_import[0].version == 19 and model.graph.input[0].type.tensor_type.shape.dim[0].dim_value == 3
-    assert found["run/model.onnx"] == pytest.approx(artifacts.read_plan(result)["results"]["top1"]["hard"], abs=0.005)
-    assert s2h("eval", "run/model.onnx", "--data", "data", "--workers", "0") == 0
+    assert found["run/model-b3.onnx"] == pytest.approx(artifacts.read_plan(result)["results"]["top1"]["hard"], abs=0.005)
+    assert s2h("eval", "run/model-b3.onnx", "--data", "data", "--workers", "0") == 0
+
+
+@pytest.mark.parametrize("name", ["tiny", "convnext", "test_vit"])
+def test_float16_reaches_every_dtype_in_the_graph(smalls, tmp_path, name):
+    if name == "test_vit":  # at another size than its own, positions are resampled in float32
+        source = load_source("test_vit", pretrained=False, num_classes=5, img_size=64)
+        small, size = small_of(source.module, source.input_size), source.input_size
+    else:
+        small, size = smalls[name], SIZE
+    files, failed = exports.export_all(Program(small, half=True), tmp_path, exports.EXPORTS, META, "fp16")
+    found, wrong = exports.check(small, files, size, tolerance=exports.HALF_TOLERANCE)
+    assert not failed and not wrong and len(found) == 3
+
+
+def test_a_fixed_batch_and_a_wrong_file_take_the_place_of_nothing(result, capsys, monkeypatch):
+    before = (result / "model.onnx").read_bytes()
+    assert set(exported(capsys, "--format", "onnx", "--int8", "--batch", "5", "--data", "data")) == {"run/model-int8-b5.onnx"}
+    assert s2h("eval", "run/model-int8-b5.onnx", "--data", "data", "--workers", "0") == 0
+    monkeypatch.setitem(exports.EXPORTS, "onnx", exports.EXPORTS["onnx"]._replace(run=lambda file: lambda images: torch.zeros(len(images), 2)))
+    assert s2h("export", "run", "--format", "onnx") == 2
+    assert (result / "model.onnx").read_bytes() == before and not list(result.glob("*/model*"))
+
+
+def test_a_result_is_measured_on_the_images_that_its_run_left_out(here):
+    options = [*PRUNE[:3], "data/train", *PRUNE[4:]]
+    assert s2h(*options, "--epochs", "0", "--val-fraction", "0.4", "--seed", "7", "-o", "run") == 0
+    theirs, _ = run.checked_data("data/train", artifacts.read_plan(here / "run")["data"], "run")
+    ours, other = data.open_splits("data/train", val_fraction=0.4, seed=7), data.open_splits("data/train")
+    assert theirs.val.source == ours.val.source != other.val.source
+    again, _ = run.checked_data("data/train", exports.read_metadata(here / "run" / "model.onnx"), "run", seed=8, val_fraction=None)
+    assert len(again.val) == len(ours.val) and again.val.source != ours.val.source
 
 
 def test_a_file_that_is_wrong_goes_and_does_not_cost_the_others(result, capsys, monkeypatch):

@@ -8,13 +8,17 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
 import yaml
 
 import s2h_cli
-from s2h_cli import exports
+from s2h_cli import exports, run
+from s2h_cli.config import Config
+from s2h_cli.errors import UserError
+from s2h_cli.files import ASIDE, writing
 from s2h_cli.source import load_source
 from toy import PRUNE, s2h
 
@@ -115,7 +119,7 @@ def test_interrupting_keeps_the_checkpoint_and_says_how_to_go_on(here):
     assert process.returncode == 2
     assert err.startswith("error: stopped") and "--resume" in err and len(err.strip().splitlines()) == 1
     assert (here / "out" / "checkpoints" / "last").exists()
-    assert not list((here / "out").rglob(".writing"))
+    assert not list((here / "out").rglob(".writing*"))
 
 
 @pytest.mark.parametrize("change, words", [
@@ -299,7 +303,7 @@ def test_a_full_disk_keeps_the_last_checkpoint(here, monkeypatch, capsys):
     assert "No space left" in line
     monkeypatch.setattr(checkpoint.torch, "save", real)
     assert len(torch.load(here / "out" / "checkpoints" / "last", weights_only=True)["rows"]) == 1
-    assert not list((here / "out").rglob(".writing"))
+    assert not list((here / "out").rglob(".writing*"))
 
 
 def test_foreign_classes_are_not_evaluated(here, capsys):
@@ -343,3 +347,23 @@ def test_a_method_that_cannot_be_meant(here, capsys, options, words):
     line = error_of(capsys, *PRUNE, "--epochs", "1", *options)
     for word in words:
         assert word in line
+
+
+def test_two_runs_at_once_do_not_take_the_same_folder(here):
+    config = Config(model="net.py:build", data="data", flops="0.4")
+    made = [run.made_folder(config) for _ in range(2)]
+    assert made == [Path("runs/net-f0.4"), Path("runs/net-f0.4-2")]
+    config.output = "runs/net-f0.4"
+    with pytest.raises(UserError, match="exists and is kept"):
+        run.made_folder(config)
+
+
+def test_what_another_process_is_writing_stays_and_what_a_dead_one_left_goes(tmp_path):
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    for process in (1, dead.pid, os.getpid()):
+        (tmp_path / f"{ASIDE}{process}").mkdir()
+        (tmp_path / f"{ASIDE}{process}" / "half").write_text("half")
+    with writing(tmp_path) as aside:
+        (aside / "file").write_text("whole")
+    assert {path.name for path in tmp_path.iterdir()} == {"file", f"{ASIDE}1"}

@@ -333,3 +333,11 @@ def test_timm_data_set_errors(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
     assert "hfds/me/none" in refusal(open_splits, "hfds/me/none")
     assert "stream" in refusal(open_splits, "wds/me/none")
+
+
+def test_some_images_are_of_all_classes_and_always_the_same(here):
+    images = data.open_splits("data").train
+    chosen = data.some(images, 12)
+    assert len(chosen) == 12 and {target for _, target in chosen.source} == {0, 1}
+    assert chosen.source == data.some(images, 12).source and set(chosen.source) <= set(images.source)
+    assert len(data.some(images, 1000)) == len(images)

@@ -31,6 +31,15 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
 
+WIDE = """
+
+def landscape(num_classes=10):
+    network = build(num_classes)
+    network.default_cfg = {"input_size": (3, 16, 48), "crop_pct": 0.9}
+    return network
+"""
+
+
 @pytest.fixture
 def run(here):
     """A run on images of several sizes, larger than its input."""
@@ -46,7 +55,7 @@ def validation(folder):
     """The validation images as s2h sees them (N, C, H, W), and their paths."""
     splits = data.open_splits("data")
     plan = artifacts.read_plan(folder)
-    about = {key: value for key, value in plan["data"].items() if key != "classes"}
+    about = {key: value for key, value in plan["data"].items() if key not in ("classes", "split")}
     loader = data.make_loader(splits.val, train=False, batch_size=4, workers=0, flip=False, **about)
     images = torch.cat([batch for batch, _ in loader])
     return images, [str(splits.val.source[i][0]) for i in range(len(splits.val))], plan
@@ -64,8 +73,8 @@ def test_scripts_say_what_the_network_says_where_neither_s2h_nor_timm_is(run):
         assert done.stdout.splitlines() == expected, done.stderr
 
 
-def test_scripts_prepare_images_as_s2h_does(run, monkeypatch):
-    images, paths, _ = validation(run)
+def fed_by_script(run, paths, monkeypatch):
+    """What the network of infer_onnx.py gets of images, (N, C, H, W)."""
     fed = []
 
     class Session(onnxruntime.InferenceSession):
@@ -76,7 +85,23 @@ def test_scripts_prepare_images_as_s2h_does(run, monkeypatch):
     monkeypatch.setattr(onnxruntime, "InferenceSession", Session)
     monkeypatch.setattr(sys, "argv", ["infer_onnx.py", *paths])
     runpy.run_path(str(run / "infer_onnx.py"), run_name="__main__")
-    torch.testing.assert_close(torch.cat(fed), images, rtol=0, atol=1e-5)
+    return torch.cat(fed)
+
+
+def test_scripts_prepare_images_as_s2h_does(run, monkeypatch):
+    images, paths, _ = validation(run)
+    torch.testing.assert_close(fed_by_script(run, paths, monkeypatch), images, rtol=0, atol=1e-5)
+
+
+def test_scripts_see_what_s2h_sees_of_wide_inputs_and_16_bits(here, monkeypatch):
+    (here / "wide.py").write_text((here / "net.py").read_text() + WIDE)
+    rng = np.random.default_rng(0)
+    for i, size in enumerate([(90, 80), (80, 400), (20, 30)]):
+        Image.fromarray(rng.integers(0, 65536, size).astype(np.uint16)).save(here / "data" / "val" / "dark" / f"grey{i}.png")
+    assert s2h("prune", "wide.py:landscape", *PRUNE[2:6], "--workers", "0", "--divisor", "2", "--device", "cpu", "--epochs", "0", "-o", "run") == 0
+    images, paths, plan = validation(here / "run")
+    assert plan["input_size"] == [3, 16, 48]
+    torch.testing.assert_close(fed_by_script(here / "run", paths, monkeypatch), images, rtol=0, atol=1e-5)
 
 
 def test_the_card_has_the_figures_and_names_files_that_are_there(run):

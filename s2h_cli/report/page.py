@@ -14,6 +14,7 @@ from plotly.offline import get_plotlyjs
 
 from .. import CONVENTION, artifacts, bench
 from ..config import earlier
+from ..errors import UserError, why
 from ..files import writing
 from . import figures
 from .curves import GATES, WIDTHS, read_table
@@ -47,8 +48,15 @@ def read_run(folder: Path) -> Run:
         UserError: it holds no finished run.
     """
     plan = artifacts.read_plan(folder)
+    try:
+        return _read(folder, plan)
+    except (ValueError, KeyError, TypeError, IndexError, AttributeError, OSError) as error:
+        raise UserError(f"{folder}: one of its files is damaged ({why(error)}); delete bench.json, or a .csv file that a program has changed") from error
+
+
+def _read(folder: Path, plan: dict[str, Any]) -> Run:
     home = folder if (folder / "args.yaml").exists() else folder.parent  # of a run with several budgets
-    ending = "" if home == folder else f"_{plan['budget']['flops']:g}"
+    ending = "" if home == folder or "flops" not in plan["budget"] else f"_{plan['budget']['flops']:g}"
     command = earlier(home / "args.yaml").command() if (home / "args.yaml").exists() else ""
     return Run(folder, plan, read_summary(home / "summary.csv", ending), read_table(folder / WIDTHS), read_table(folder / GATES), bench.read(folder), command)
 
@@ -77,7 +85,7 @@ def write_report(*folders: Path, file: Path | None = None) -> Path:
     for name, text in (("TITLE", _safe(f"{title} · s2h")), ("PLOTLY", get_plotlyjs()), ("FIGURES", json.dumps(charts).replace("</", "<\\/")), ("BODY", body)):
         page = page.replace(f"@{name}@", text, 1)
     with writing(file.parent) as aside:
-        (aside / file.name).write_text(page, encoding="utf-8")
+        (aside / file.name).write_text(page, encoding="utf-8", errors="replace")
     return file
 
 
