@@ -132,7 +132,8 @@ def main() -> None:
                         append(path, {"scenario": scenario, "row": name, "flops": flops, "seed": seed, **found,
                                       "torch": torch.__version__, "timm": timm.__version__,
                                       "command": f"python benchmarks/accuracy.py {args.table} FOLDER --scenario {scenario} --flops {flops:g} --seeds {seed} --rows '{name}'"})
-    print(summary(path))
+    print(summary(path, [name for name in ALL_ROWS if name not in ABLATIONS or name == "dense"]))
+    print("\nAblations:\n\n" + summary(path, [name for name in ABLATIONS if name != "dense"]))
 
 
 def run_cell(table: Table, splits: Splits, path: Path, scenario: str, name: str, flops: float, seed: int) -> dict[str, Any]:
@@ -401,14 +402,16 @@ def append(path: Path, found: dict[str, Any]) -> None:
     print({name: found.get(name) for name in COLUMNS[:12]}, flush=True)
 
 
-def summary(path: Path) -> str:
-    """A Markdown table of the rows on disk: means over the seeds; of the hard network's accuracy, and of how far S2H at the same seeds is
+def summary(path: Path, names: list[str]) -> str:
+    """A Markdown table of the rows of these names on disk: means over the seeds; of the hard network's accuracy, and of how far S2H at the same seeds is
     above it, with the standard error of the mean."""
     cells: dict[tuple, list[dict[str, str]]] = defaultdict(list)
     for row in read(path):
         cells[row["scenario"], row["flops"], row["row"]].append(row)
     lines = ["| scenario | flops | row | seeds | epochs | hard, % | S2H is above it by | soft, % | soft - hard | JS | L2 | cost, units | seconds |", "|" + "---|" * 13]
     for (scenario, flops, name), rows in sorted(cells.items(), key=lambda cell: (cell[0][:2], -mean(cell[1], "hard"))):
+        if name not in names:
+            continue
         ours = {row["seed"]: float(row["hard"]) for row in cells[scenario, flops, "s2h"]}
         above = [ours[row["seed"]] - float(row["hard"]) for row in rows if row["seed"] in ours and name != "s2h"]
         shown = [f"{mean(rows, c):.{d}f}" if any(row[c] for row in rows) else "" for c, d in (("soft", 2), ("gap", 2), ("js", 4), ("l2", 2), ("units", 1), ("seconds", 0))]
