@@ -73,7 +73,7 @@ CLASSES = 10
 # One model
 
 
-def examine(spec: str, img_size: int | None = None, exports: bool = True) -> dict[str, Any]:
+def examine(spec: str, img_size: int | None = None, formats: bool = True) -> dict[str, Any]:
     """Runs every column of the table for one model.
 
     Returns:
@@ -86,7 +86,7 @@ def examine(spec: str, img_size: int | None = None, exports: bool = True) -> dic
     except UserError as error:
         return {**row, "refused": str(error)}
     # The network that was cut is out of memory by now: exporters need it.
-    if not exports:
+    if not formats:
         row["skipped"] |= dict.fromkeys(exports.EXPORTS, "not run")
     else:
         program = Program(small)
@@ -339,7 +339,7 @@ def main() -> None:
         return
     names = [name for name in MODELS.read_text().split() if fnmatch.fnmatchcase(name, args.models)]
     rows = data["models"] if args.missing else {}
-    ours = functools.partial(examine, exports=not args.no_exports)
+    ours = functools.partial(examine, formats=not args.no_exports)
     tasks = [Task(name, ours, LIMIT_S) for name in names if not {"macs", "refused"} & rows.get(name, {}).keys()]
     if importlib.util.find_spec("torch_pruning"):
         tasks += [Task(name, torch_pruning, LIMIT_TP_S) for name in names if "torch_pruning" not in rows.get(name, {})]

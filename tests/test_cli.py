@@ -350,7 +350,7 @@ def test_a_method_that_cannot_be_meant(here, capsys, options, words):
 
 
 def test_two_runs_at_once_do_not_take_the_same_folder(here):
-    config = Config(model="net.py:build", data="data", flops="0.4")
+    config = Config(model="net.py:build", data="data", flops=0.4)
     made = [run.made_folder(config) for _ in range(2)]
     assert made == [Path("runs/net-f0.4"), Path("runs/net-f0.4-2")]
     config.output = "runs/net-f0.4"

@@ -230,5 +230,5 @@ MORE = """botnet26t_256 cait_xxs24_224 convit_tiny convmixer_768_32 convnextv2_a
 
 @pytest.mark.parametrize("name", MORE)
 def test_every_column(name):
-    row = zoo.examine(name, 64, exports=False)
+    row = zoo.examine(name, 64, formats=False)
     assert row.get("refused") is None and row["failed"] == {}
