@@ -28,9 +28,9 @@ from .rebuild import rebuild
 
 #: Networks of random widths that are measured, beside the whole one; and rounds of each, operator by operator.
 NETWORKS, ROUNDS = 15, 7
-#: Timing a network against the whole one: seconds, and how often that is done, each time with copies of both that lie elsewhere in memory. One time
-#: scatters by 4 %, the median of four by 0.3 % (resnet18 at 32 px, one thread).
-SECONDS, LOOKS = 2.0, 5
+#: Timing a network against the whole one: seconds of a look, which has copies of both that lie elsewhere in memory; the fewest and the most looks;
+#: and the standard error, as a share, at which there are enough of them. One look scatters by 4 % on a quiet machine, by 10 % on a busy one.
+SECONDS, LOOKS, ENOUGH = 1.0, (5, 30), 0.01
 #: The divisors that `--divisor auto` tries, and how much slower than the best a smaller one may be.
 DIVISORS, PAYS = (4, 8, 16, 32), 0.03
 #: Of coordinate descent.
@@ -64,7 +64,10 @@ class Where:
         """Latency of `small` as a share of that of `whole`, measured in pairs: the median of several looks. In all processes the first one's."""
         found = None
         if distributed.RANK == 0:
-            found = statistics.median(self.times({"whole": whole, "small": small}, SECONDS)["small"][1] for _ in range(LOOKS))
+            looks: list[float] = []
+            while len(looks) < LOOKS[0] or len(looks) < LOOKS[1] and statistics.stdev(looks) / len(looks) ** 0.5 > ENOUGH * statistics.mean(looks):
+                looks.append(self.times({"whole": whole, "small": small}, SECONDS)["small"][1])
+            found = statistics.median(looks)
         return distributed.from_first(found)
 
 
@@ -126,7 +129,7 @@ def best_divisor(network: fx.GraphModule, spaces: dict[int, Space], budget: Budg
             widths = widths_of(space, torch.ones(len(space.groups)), budget)
             networks[str(divisor)] = rebuild(network, Plan.from_widths(space, widths, np.zeros(space.size)))
             macs[divisor] = space.ratio(widths)
-        times = where.times(networks, SECONDS * len(networks))
+        times = where.times(networks, 2 * SECONDS * len(networks))
         found = {divisor: times[str(divisor)][1] / macs[divisor] for divisor in spaces}
     found = distributed.from_first(found)
     return min(divisor for divisor, time in found.items() if time <= min(found.values()) * (1 + PAYS)), found
@@ -147,7 +150,7 @@ def measure(network: fx.GraphModule, space: Space, where: Where) -> Table:
                                                                     for small in networks.values())])
     coefficients = np.array([_nonnegative(x[:, i], alone[:, i]) for i in range(len(nodes))])
 
-    together = where.times(networks, SECONDS * len(networks) / 2)
+    together = where.times(networks, SECONDS * len(networks))
     seconds = np.array([share for _, share in together.values()]) * together["0"][0]
     # What each feature of each kind of operator takes in the format.
     kinds = np.array([latency.kind_of(network, node) for node in network.graph.nodes if node.name in features])
