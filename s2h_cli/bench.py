@@ -33,8 +33,8 @@ def bench(items: list[str], *, formats: list[str], batches: list[int], img_size:
     of a run is kept in its folder.
 
     Returns:
-        {place, rows, pairs, not_kept}, as plain data: not_kept are lines on folders that cannot be written to; each pair is {before, after, macs, kinds, reasons}: names of networks, the share of the MACs,
-        the seconds that a batch of the largest size that was timed spends in each kind of operator (`latency.by_kind`) before and after, and sentences.
+        {place, rows, pairs, not_kept}, as plain data: not_kept are lines on folders that cannot be written to; each pair is
+        {before, after, macs, kinds, reasons}: names of networks, the share of the MACs, the seconds that a batch of the largest size that was timed spends in each kind of operator (`latency.by_kind`) before and after, and sentences.
 
     Raises:
         UserError: an item cannot be loaded, or there is no such format.
@@ -52,15 +52,13 @@ def bench(items: list[str], *, formats: list[str], batches: list[int], img_size:
     rows = latency.compare(list(subjects.values()), formats, batches, where, threads, seconds, told)
     if not rows:
         raise UserError(f"{', '.join(items)}: nothing of it can be timed in {', '.join(formats)}; choose the --format of the file, or give a run")
+    pairs = [pair for pair in pairs if medians(pair, rows)]  # of the others the rows say why
     for pair in pairs:
-        timed = medians(pair, rows)
-        if not timed:  # its rows say why
-            continue
+        batch = max(batch for _, batch in medians(pair, rows))
         both = [subjects[pair[which]] for which in ("before", "after")]
-        before, after = (latency.by_kind(subject.network, max(batch for _, batch in timed), where, threads) for subject in both)
+        before, after = (latency.by_kind(subject.network, batch, where, threads) for subject in both)
         pair["kinds"] = {kind: [before.get(kind, 0.0), after.get(kind, 0.0)] for kind in latency.KINDS if kind in before | after}
         pair["reasons"] = reasons(pair, rows, both[1].network)
-    pairs = [pair for pair in pairs if "kinds" in pair]
     found = {"place": latency.describe(where, threads), "rows": rows, "pairs": pairs, "not_kept": []}
     for pair in pairs:
         own = [row for row in rows if row["network"] in (pair["before"], pair["after"])]

@@ -394,14 +394,14 @@ def export(folder: Path, format: str, *, opset: int | None = None, batch: int | 
         splits, loading = checked_data(spec, plan["data"], str(folder), skip_bad_images=skip_bad_images)
         loading |= dict(train=False, batch_size=batch or 64, workers=workers, flip=False)
     metadata = {**plan["data"], **({"batch": batch} if batch else {})}
-    kind = "-".join(word for word in ("fp16" * half, f"b{batch}" * bool(batch)) if word)  # what is no drop-in for the others has a name of its own
+    kinds = ["fp16"] * half + [f"b{batch}"] * bool(batch)  # what is no drop-in for the others has a name of its own
     tolerance = exports.HALF_TOLERANCE if half else exports.TOLERANCE
     found: dict[str, dict[str, Any]] = {}
     with writing(folder) as aside:  # what turns out wrong takes the place of nothing
-        files, failed = exports.export_all(Program(small, batch=batch, half=half, opset=opset), aside, formats, metadata, kind)
+        files, failed = exports.export_all(Program(small, batch=batch, half=half, opset=opset), aside, formats, metadata, "-".join(kinds))
         if int8 and files:
             (source,) = files.values()
-            file = aside / exports.file_of("onnx", "-".join(["int8", *filter(None, [kind])]))
+            file = aside / exports.file_of("onnx", "-".join(["int8", *kinds]))
             quantize(source, file, data.make_loader(data.some(splits.train, CALIBRATION_IMAGES), **loading), metadata, fixed=bool(batch))
             source.unlink()
             files, tolerance = {file.name: file}, sys.float_info.max  # its accuracy says what it is worth
@@ -413,7 +413,7 @@ def export(folder: Path, format: str, *, opset: int | None = None, batch: int | 
     return {name: {**facts, "bytes": (folder / name).stat().st_size} for name, facts in found.items()}, failed
 
 
-def compared(small: torch.fx.GraphModule, files: dict[str, Path], input_size: tuple[int, int, int], failed: list[str], **options: Any) -> dict[str, float]:
+def compared(small: fx.GraphModule, files: dict[str, Path], input_size: tuple[int, int, int], failed: list[str], **options: Any) -> dict[str, float]:
     """The differences of `exports.check`. A file that is wrong goes, and `failed` is told why. `files`: not yet in their place."""
     found, wrong = exports.check(small, files, input_size, **options)
     for name, text in wrong.items():
