@@ -4,8 +4,8 @@
 
 Through the command line, as a user would: `s2h prune` at half the MACs; `s2h export` in every format, in float16 and in int8, each measured on
 the validation images; the infer scripts, run by PYTHON, an interpreter with torch, onnxruntime and pillow and without s2h, timm and torchvision,
-on those images as files; the report in Chromium at two widths; then the exactness of `--params 0.5`, and `--latency`, measured again by five
-runs of `s2h bench`, of which the median counts. The latter two are cut without training. A line a model is printed, as JSON.
+on those images as files; the report in Chromium at two widths; then the exactness of `--params 0.5`, and `--latency`, measured again at the end of
+the run, and by five runs of `s2h bench`, of which the median counts. The latter two are cut without training. A line a model is printed, as JSON.
 
 The latency wants a machine that does nothing else, and one thread (OMP_NUM_THREADS=1) unless the others are free too.
 """
@@ -40,6 +40,7 @@ def main() -> None:
     parser.add_argument("--alone", metavar="PYTHON", help="[default: the infer scripts are not run]")
     parser.add_argument("--latency", type=float, default=0.5, help="share of the time; small images leave a network of many layers little to cut")
     parser.add_argument("--latency-format", default="eager")
+    parser.add_argument("--latency-batch", type=int, default=1)
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="what to measure; alone and page need run")
     args = parser.parse_args()
     for model in args.models:
@@ -67,9 +68,10 @@ def measured(model: str, folder: Path, args: argparse.Namespace) -> dict[str, An
         whole, small = load_source(model, num_classes=10, img_size=32, pretrained=False).module, load(folder / "params")
         found["params"] = sum(p.numel() for p in small.parameters()) / sum(p.numel() for p in whole.parameters())
     if "latency" in args.parts:
-        s2h(*prune, "--latency", args.latency, "--latency-format", args.latency_format, "--epochs", 0, "-o", folder / "latency")
-        found["latency"] = sorted(bench(folder / "latency", args.latency_format) for _ in range(MEASUREMENTS))
-        found["latency_error"] = statistics.median(found["latency"]) / args.latency - 1
+        s2h(*prune, "--latency", args.latency, "--latency-format", args.latency_format, "--latency-batch", args.latency_batch, "--epochs", 0, "-o", folder / "latency")
+        found["latency_at_end"] = json.loads((folder / "latency" / "bench.json").read_text())["pairs"][0]["share"]  # the run's own, before bench adds to it
+        found["latency"] = sorted(bench(folder / "latency", args.latency_format, args.latency_batch) for _ in range(MEASUREMENTS))
+        found["latency_errors"] = [share / args.latency - 1 for share in (found["latency_at_end"], statistics.median(found["latency"]))]
     return found
 
 
@@ -81,9 +83,9 @@ def s2h(*words: Any) -> str:
     return done.stdout
 
 
-def bench(run: Path, format: str) -> float:
+def bench(run: Path, format: str, batch: int) -> float:
     """The share of the whole network's time, in pairs."""
-    rows = json.loads(s2h("bench", run, "--format", format, "--batch", 1, "--seconds", 5, "--json"))["rows"]
+    rows = json.loads(s2h("bench", run, "--format", format, "--batch", batch, "--seconds", 5, "--json"))["rows"]
     return next(row["share"] for row in rows if row["network"] == str(run))
 
 

@@ -132,6 +132,12 @@ def shares(pair: dict[str, Any], rows: list[dict[str, Any]]) -> dict[tuple[str, 
     return {where: after / before for where, (before, after) in medians(pair, rows).items()}
 
 
+def rows_with_shares(found: dict[str, Any]) -> list[tuple[dict[str, Any], float | None]]:
+    """The rows of what `bench` returns, each with its share of the time of what it was cut from, where both were timed."""
+    of = {(pair["after"], *where): share for pair in found["pairs"] for where, share in shares(pair, found["rows"]).items()}
+    return [(row, of.get((row["network"], row["format"], row["batch"]))) for row in found["rows"]]
+
+
 def reasons(pair: dict[str, Any], rows: list[dict[str, Any]], small: fx.GraphModule) -> list[str]:
     """Why the time fell by less than the MACs, where it did; nothing where it did not."""
     time = shares(pair, rows)

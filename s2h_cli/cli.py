@@ -126,7 +126,7 @@ def run_job(recipe: str | None, config: Path | None, resume: bool, dry_run: bool
     console = tables.console(quiet=distributed_rank() > 0)
     results = run.prune(configure(given, recipe, config), console, resume=resume, dry_run=dry_run)
     for result in results:
-        console.print(tables.closing(result))
+        tables.show(tables.closing(result))
     if any(result["failed"] for result in results):
         fail("; ".join(text for result in results for text in result["failed"]))
     if results:
@@ -151,7 +151,7 @@ def inspect(
     if as_json:
         print(json.dumps(facts.public(found), indent=1))
     else:
-        tables.console().print(tables.inspection(found))
+        tables.show(tables.inspection(found))
 
 
 @app.command(epilog="Example: s2h export runs/resnet18-f0.35 --format onnx")
@@ -197,7 +197,7 @@ def models(
     from . import zoo
     from .report import tables
 
-    tables.console().print(tables.models(zoo.known(glob), zoo.load()["versions"]))
+    tables.show(tables.models(zoo.known(glob), zoo.load()["versions"]))
 
 
 @app.command("recipes", epilog="Example: s2h recipes vit > mine.yaml")
@@ -256,7 +256,7 @@ def bench(
     if as_json:
         print(json.dumps(found, indent=1))
     else:
-        tables.console().print(tables.latencies(found))
+        tables.show(tables.latencies(found))
     if failed:
         fail("; ".join(dict.fromkeys(failed)))
 

@@ -286,8 +286,8 @@ def verify(small: fx.GraphModule, folder: str | os.PathLike, input_size: tuple[i
     folder = Path(folder)
     paths = {WEIGHTS: folder, **{f.file: folder / f.file for f in EXPORTS.values()}}
     found, wrong = check(small, {name: path for name, path in paths.items() if (folder / name).exists()}, input_size)
-    for text in wrong.values():
-        raise UserError(text)
+    for name, text in wrong.items():
+        raise UserError(f"{folder / name}: {text}")
     return found
 
 
@@ -300,7 +300,7 @@ def check(small: fx.GraphModule, paths: dict[str, Path], input_size: tuple[int, 
         batch: images that they take at a time, where that is fixed.
 
     Returns:
-        The differences of those that are right, and a line on each that is not, by name.
+        The differences of those that are right, and what is wrong with each that is not, by name.
     """
     model = cpu_copy(small)
     only = batch or model.meta["static_batch"]
@@ -309,19 +309,18 @@ def check(small: fx.GraphModule, paths: dict[str, Path], input_size: tuple[int, 
         expected = [model(x) for x in images]
     found, wrong = {}, {}
     for name, path in paths.items():
-        file = path / WEIGHTS if path.is_dir() else path
         try:
             run = run_artifact(path)
             difference = max(_difference(run(x), logits) for x, logits in zip(images, expected))
         except UserError as error:
-            wrong[name] = str(error)
+            wrong[name] = str(error).removeprefix(f"{path}: ")
         except Exception as error:  # runtimes raise whatever they like
-            wrong[name] = f"{file}: fails on random images: {why(error)}"
+            wrong[name] = f"fails on random images: {why(error)}"
         else:
             if difference <= tolerance:
                 found[name] = difference
             else:
-                wrong[name] = f"{file}: its logits differ from the network's by {difference:.1e} of the largest; at most {tolerance:.0e} is right"
+                wrong[name] = f"its logits differ from the network's by {difference:.1e} of the largest; at most {tolerance:.0e} is right"
     return found, wrong
 
 

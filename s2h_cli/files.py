@@ -24,7 +24,8 @@ def writing(folder: Path) -> Iterator[Path]:
     aside = folder / f"{ASIDE}{os.getpid()}"
     try:
         for left in folder.glob(f"{ASIDE}*"):  # by a process that was killed, perhaps with the number of this one
-            if left == aside or not _runs(int(left.name.removeprefix(ASIDE))):
+            number = left.name.removeprefix(ASIDE)
+            if left == aside or number.isdecimal() and not _runs(int(number)):
                 shutil.rmtree(left, ignore_errors=True)
         aside.mkdir(parents=True)
         yield aside

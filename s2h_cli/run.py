@@ -36,10 +36,10 @@ from .program import Program
 from .quantize import CALIBRATION_IMAGES, quantize
 from .report import page
 from .report.curves import Curves, check_log, start_log
-from .report.facts import describe
+from .report.facts import KEYS, describe
 from .report.tables import quantity
 from .report.progress import TrainingDisplay, Watchers
-from .source import Source, is_run, load_source, short_name
+from .source import Source, fit_head, is_run, load_source, short_name
 from .teacher import NO_ONE, START, knows, load_teacher, start
 from .train import checkpoint, loop
 from .train.evaluate import top1
@@ -167,6 +167,7 @@ def prepare(config: Config, device: torch.device, console: Console, folder: Path
     source = load_source(config.model, num_classes=len(classes), pretrained=config.pretrained,
                          weights=Path(config.weights) if config.weights else None, img_size=config.img_size,
                          fetch=not resuming or config.teacher == START, drop=config.drop, drop_path=config.drop_path)
+    fit_head(source, classes)
     if config.epochs is None:
         config.epochs = EPOCHS.get(config.data, DEFAULT_EPOCHS)
     if config.lr is None:
@@ -326,7 +327,8 @@ def finish(config: Config, budget: Budget, folder: Path, ending: str, job: Job, 
         artifacts.save(folder, small, plan)
         with writing(folder) as aside:
             files, failed = exports.export_all(Program(small), aside, exports.EXPORTS, plan["data"])
-            differences = compared(small, {artifacts.WEIGHTS: folder, **files}, input_size, failed)
+            differences, wrong = compared(small, {artifacts.WEIGHTS: folder, **files}, input_size)
+            failed += wrong
         if artifacts.WEIGHTS not in differences:
             raise UserError("; ".join(failed))
         # Accuracy is measured on the format that shares least code with us, of those that were written.
@@ -361,7 +363,11 @@ def inspect(model: str, *, img_size: int | None = None, divisor: int = 8, exclud
         UserError: the model cannot be built, captured or pruned, or the folder holds no result.
     """
     if is_run(model):
-        return artifacts.read_plan(hub.local(model))
+        folder = hub.local(model)
+        facts = artifacts.read_plan(folder)
+        if lacks := [key for key in KEYS if key not in facts]:
+            raise UserError(f"{folder / artifacts.PLAN}: it lacks {', '.join(lacks)}; give the folder of a finished run")
+        return facts
     source = load_source(model, pretrained=False, img_size=img_size)
     captured = capture(source.module, source.input_size)
     space = Space(captured.network, exclude, divisor, prune_head_dim)
@@ -396,7 +402,6 @@ def export(folder: Path, format: str, *, opset: int | None = None, batch: int | 
     metadata = {**plan["data"], **({"batch": batch} if batch else {})}
     kinds = ["fp16"] * half + [f"b{batch}"] * bool(batch)  # what is no drop-in for the others has a name of its own
     tolerance = exports.HALF_TOLERANCE if half else exports.TOLERANCE
-    found: dict[str, dict[str, Any]] = {}
     with writing(folder) as aside:  # what turns out wrong takes the place of nothing
         files, failed = exports.export_all(Program(small, batch=batch, half=half, opset=opset), aside, formats, metadata, "-".join(kinds))
         if int8 and files:
@@ -405,22 +410,23 @@ def export(folder: Path, format: str, *, opset: int | None = None, batch: int | 
             quantize(source, file, data.make_loader(data.some(splits.train, CALIBRATION_IMAGES), **loading), metadata, fixed=bool(batch))
             source.unlink()
             files, tolerance = {file.name: file}, sys.float_info.max  # its accuracy says what it is worth
-        for name, difference in compared(small, files, plan["input_size"], failed, batch=batch, tolerance=tolerance).items():
-            found[name] = {"difference": difference}
-            if spec is not None:
-                found[name]["top1"] = accuracy_of(aside / name, data.make_loader(splits.val, **loading))
-    artifacts.record(folder, {"files": found})
-    return {name: {**facts, "bytes": (folder / name).stat().st_size} for name, facts in found.items()}, failed
+        differences, wrong = compared(small, files, plan["input_size"], batch=batch, tolerance=tolerance)
+    found = {name: {"difference": difference} for name, difference in differences.items()}
+    artifacts.record(folder, {"files": found})  # whether or not their accuracy can be measured
+    if spec is not None:
+        for name, facts in found.items():
+            facts["top1"] = accuracy_of(folder / name, data.make_loader(splits.val, **loading))
+        artifacts.record(folder, {"files": found})
+    return {name: {**facts, "bytes": (folder / name).stat().st_size} for name, facts in found.items()}, [*failed, *wrong]
 
 
-def compared(small: fx.GraphModule, files: dict[str, Path], input_size: tuple[int, int, int], failed: list[str], **options: Any) -> dict[str, float]:
-    """The differences of `exports.check`. A file that is wrong goes, and `failed` is told why. `files`: not yet in their place."""
+def compared(small: fx.GraphModule, files: dict[str, Path], input_size: tuple[int, int, int], **options: Any) -> tuple[dict[str, float], list[str]]:
+    """The differences of `exports.check`, and a line on each file that is wrong, which goes. `files`: not yet in their place."""
     found, wrong = exports.check(small, files, input_size, **options)
-    for name, text in wrong.items():
+    for name in wrong:
         if files[name].is_file():
             files[name].unlink()
-        failed.append(text)
-    return found
+    return found, [f"{name}: {text}" for name, text in wrong.items()]
 
 
 def evaluate(artifact: Path, spec: str, *, batch_size: int, workers: int, **split: Any) -> tuple[float, int]:

@@ -13,6 +13,7 @@ import urllib.request
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import huggingface_hub
 import timm
@@ -51,6 +52,7 @@ class Source:
         crop_pct: Share of the resized image's side that the centre crop keeps at evaluation.
         pretrained: Whether weights were loaded, from the net or from a file. False: s2h loaded
             none, so the parameters are as the model's builder left them.
+        classes: Names of the classes that the head knows, where that is known: of a run.
         notes: What the user should know about how the model was put together.
     """
 
@@ -63,6 +65,7 @@ class Source:
     interpolation: str
     crop_pct: float
     pretrained: bool = False
+    classes: list[str] | None = None
     notes: list[str] = field(default_factory=list)
 
     @property
@@ -134,6 +137,13 @@ def load_source(
     return source
 
 
+def fit_head(source: Source, classes: list[str]) -> None:
+    """Gives a source that knows as many other classes than these a new head."""
+    if not source.new_head and source.classes not in (None, classes):
+        _replace_head(source, len(classes), len(classes))
+        source.notes.append(f"{NEW_HEAD}: {len(classes)} other classes")
+
+
 def is_run(spec: str) -> bool:
     """Whether a MODEL string is the folder of a run, here or on the hub. A folder that is called like a model of timm is not meant, unless it is written as `./NAME`."""
     return spec.startswith(hub.HUB) or Path(spec).is_dir() and not timm.is_model(spec)
@@ -146,7 +156,7 @@ def _from_run(spec: str, img_size: int | None) -> Source:
     if img_size not in (None, made["input_size"][1]):
         module.meta["input_size"] = [made["input_size"][0], img_size, img_size]
     return Source(short_name(spec), spec, module, tuple(module.meta["input_size"]), tuple(made["mean"]), tuple(made["std"]),
-                  made["interpolation"], made["crop_pct"], pretrained=True)
+                  made["interpolation"], made["crop_pct"], pretrained=True, classes=made["classes"])
 
 
 def _from_timm(spec: str, num_classes: int | None, download: bool, img_size: int | None, rates: dict[str, float]) -> Source:
@@ -403,12 +413,17 @@ def _answers(url: str) -> bool:
     return answered.is_set()
 
 
+def on_blank(module: nn.Module, input_size: tuple[int, int, int]) -> Any:
+    """What a module gives for one blank image (C, H, W), or raises, in silence: torch.fx prints the code of a graph that fails."""
+    with torch.no_grad(), quiet():
+        return module(torch.zeros(1, *input_size))
+
+
 def _count_outputs(source: Source) -> int:
-    """Runs the model on one blank image and returns the length of its output."""
+    """The length of the model's output."""
     channels, height, width = source.input_size
     try:
-        with torch.no_grad(), quiet():  # torch.fx prints the code of a graph that fails
-            output = source.module(torch.zeros(1, *source.input_size))
+        output = on_blank(source.module, source.input_size)
     except Exception as error:
         raise UserError(
             f"'{source.spec}' cannot take {height}x{width} images with {channels} channels ({why(error)}); "

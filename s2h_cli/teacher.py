@@ -11,8 +11,7 @@ from torch.utils.data import DataLoader
 
 from . import artifacts, hub
 from .errors import UserError, why
-from .exports import quiet
-from .source import Source, is_run, load_source
+from .source import Source, is_run, load_source, on_blank
 from .train.evaluate import top1
 from .train.loop import first_batches
 
@@ -73,8 +72,7 @@ def load_teacher(spec: str, pupil: Source, classes: list[str], device: torch.dev
             raise UserError(f"the teacher '{spec}' has no trained weights for these classes; give a file of weights, or a run's folder")
         network, mean, std = source.module, source.mean, source.std
     try:
-        with torch.no_grad(), quiet():  # torch.fx prints the code of a graph that fails
-            found = network.eval()(torch.zeros(2, *pupil.input_size)).shape[-1]
+        found = on_blank(network.eval(), pupil.input_size).shape[-1]
     except Exception as error:  # whatever a model's own code raises
         size = "x".join(map(str, pupil.input_size))
         raise UserError(f"the teacher '{spec}' cannot take images of {size} ({why(error)}); give the --img-size that it was trained at") from error

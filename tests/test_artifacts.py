@@ -516,7 +516,7 @@ def test_a_file_that_is_wrong_goes_and_does_not_cost_the_others(result, capsys, 
     capsys.readouterr()
     assert s2h("export", "run") == 2
     out, err = capsys.readouterr()
-    assert err.count("\n") == 1 and "model.ts: its logits differ" in err
+    assert err.count("\n") == 1 and "error: model.ts: its logits differ" in err
     assert "model.pt2" in out and {f.name for f in result.glob("model.*")} == {"model.safetensors", "model.onnx", "model.pt2"}
     assert set(artifacts.read_plan(result)["results"]["files"]) == {"model.safetensors", "model.onnx", "model.pt2"}
 

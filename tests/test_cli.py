@@ -273,6 +273,21 @@ def test_a_result_is_pruned_again_and_trained_on_other_data(here, capsys, monkey
     assert s2h("train", "runs/net-f0.4", "--data", "other", "--epochs", "2", "-o", "tuned", "--resume") == 0
 
 
+def test_a_result_gets_a_new_head_for_as_many_other_classes(here, capsys):
+    assert s2h(*PRUNE, "--epochs", "0", "-o", "out") == 0
+    train = ["train", "out", "--epochs", "1", "--workers", "0", "--dry-run", "--data"]
+    assert s2h(*train, "data") == 0 and "the head is new" not in capsys.readouterr().out
+    for split in ("train", "val"):
+        (here / "data" / split / "dark").rename(here / "data" / split / "black")
+    assert s2h(*train, "data") == 0 and "the head is new and untrained" in capsys.readouterr().out
+
+
+def test_a_plan_without_its_facts_is_one_line(here, capsys):
+    assert s2h(*PRUNE, "--epochs", "0", "-o", "out") == 0
+    (here / "out" / "plan.json").write_text('{"network": {}}')
+    assert "it lacks model" in error_of(capsys, "inspect", "out")
+
+
 def test_a_folder_called_like_a_model_is_not_taken_for_it(here, capsys):
     (here / "resnet10t").mkdir()
     assert s2h("inspect", "resnet10t", "--img-size", "32") == 0

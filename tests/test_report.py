@@ -5,6 +5,7 @@ import json
 import re
 import shutil
 import subprocess
+from dataclasses import replace
 
 import pytest
 from toy import PRUNE, s2h
@@ -81,7 +82,7 @@ def test_a_part_of_a_run_with_several_budgets_shows_its_own_columns(here):
     for budget in ("0.4", "0.6"):
         run = page.read_run(here / "both" / f"f{budget}")
         assert [row["top1_hard"] for row in run.rows] == [float(row[f"top1_hard_{budget}"]) for row in rows]
-        assert len(run.rows) == len(run.widths[1]) == len(run.gates[1]) == 2 and "--flops 0.4,0.6" in run.command
+        assert len(run.rows) == len(run.widths[1]) == len(run.gates[1]) == 2 and "--flops 0.4,0.6" in run.config.command()
 
 
 def test_the_charts_say_what_the_files_say(trained):
@@ -97,6 +98,16 @@ def test_the_charts_say_what_the_files_say(trained):
     atoms = sum(group["size"] for group in run.plan["groups"])
     assert all(sum(row) == atoms for row in run.gates[1])
     assert run.gates[1][-1][-1] == sum(group["kept"] for group in run.plan["groups"])  # at the end a gate is 0 or 1
+
+
+@pytest.mark.parametrize("timed, said", [(("eager", "onnx"), "onnx, here, asked for 0.5"), (("eager",), "eager, here<")])
+def test_the_latency_asked_for_stands_beside_its_own_format(trained, timed, said):
+    run = page.read_run(trained)
+    rows = [{"format": format, "batch": 1, "network": name, "timing": {"median": seconds, "low": seconds, "high": seconds}}
+            for format in timed for name, seconds in (("whole", 0.002), ("small", 0.001))]
+    body, _ = page.single(replace(run, plan={**run.plan, "budget": {"flops": 0.4, "latency": 0.5}}, config=replace(run.config, latency_format="onnx"),
+                                  latency={"place": "here", "rows": rows, "pairs": [{"before": "whole", "after": "small", "reasons": []}]}))
+    assert said in body
 
 
 def test_a_run_without_training_has_a_report_too(here):

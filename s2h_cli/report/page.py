@@ -13,7 +13,7 @@ from typing import Any
 from plotly.offline import get_plotlyjs
 
 from .. import CONVENTION, artifacts, bench
-from ..config import earlier
+from ..config import Config, earlier
 from ..errors import UserError, why
 from ..files import writing
 from . import figures
@@ -33,7 +33,7 @@ class Run:
     widths: tuple[list[str], list[list[float]]]
     gates: tuple[list[str], list[list[float]]]
     latency: dict[str, Any] | None
-    command: str
+    config: Config | None
 
     @property
     def top1(self) -> float | None:
@@ -57,8 +57,8 @@ def read_run(folder: Path) -> Run:
 def _read(folder: Path, plan: dict[str, Any]) -> Run:
     home = folder if (folder / "args.yaml").exists() else folder.parent  # of a run with several budgets
     ending = "" if home == folder or "flops" not in plan["budget"] else f"_{plan['budget']['flops']:g}"
-    command = earlier(home / "args.yaml").command() if (home / "args.yaml").exists() else ""
-    return Run(folder, plan, read_summary(home / "summary.csv", ending), read_table(folder / WIDTHS), read_table(folder / GATES), bench.read(folder), command)
+    config = earlier(home / "args.yaml") if (home / "args.yaml").exists() else None
+    return Run(folder, plan, read_summary(home / "summary.csv", ending), read_table(folder / WIDTHS), read_table(folder / GATES), bench.read(folder), config)
 
 
 def read_summary(path: Path, ending: str) -> list[dict[str, float]]:
@@ -139,8 +139,9 @@ def _headline(run: Run) -> str:
     pair = _pair(run)
     if pair:
         timed, place = pair
+        limited = run.config is not None and (timed["format"], timed["batch"]) == (run.config.latency_format, run.config.latency_batch)
         cards.append((f"latency, batch {timed['batch']}", f"{timed['after'] * 1e3:.3g} ms", f"{timed['after'] / timed['before']:.2f} of {timed['before'] * 1e3:.3g} ms, "
-                      f"{timed['format']}, {place}{asked('latency')}"))
+                      f"{timed['format']}, {place}{asked('latency') if limited else ''}"))
     weights = run.folder / artifacts.WEIGHTS
     cards.append(("weights on disk", _bytes(weights.stat().st_size), f"from {_bytes(results['bytes_before'])}" if "bytes_before" in results else ""))
     shown = "".join(f'<div class="card"><div class="what">{_safe(what)}</div><div class="value">{_safe(value)}</div><div class="from">{_safe(source)}</div></div>'
@@ -150,12 +151,16 @@ def _headline(run: Run) -> str:
 
 
 def _pair(run: Run) -> tuple[dict[str, Any], str] | None:
-    """Seconds of the smallest batch before and after, in the first format in which both were timed, and where."""
+    """Seconds of a batch before and after, and where: in the format and batch of the run's `--latency`, else the first in which both were timed."""
     if run.latency is None:
         return None
-    for (format, batch), (before, after) in bench.medians(run.latency["pairs"][0], run.latency["rows"]).items():
-        return {"format": format, "batch": batch, "before": before, "after": after}, run.latency["place"]
-    return None
+    found = bench.medians(run.latency["pairs"][0], run.latency["rows"])
+    if not found:
+        return None
+    limited = (run.config.latency_format, run.config.latency_batch) if run.config else None
+    format, batch = limited if limited in found else next(iter(found))
+    before, after = found[format, batch]
+    return {"format": format, "batch": batch, "before": before, "after": after}, run.latency["place"]
 
 
 def _times(run: Run) -> str:
@@ -166,18 +171,15 @@ def _times(run: Run) -> str:
 def _latencies(run: Run) -> str:
     if run.latency is None:
         return ""
-    pair = run.latency["pairs"][0]
-    time = bench.shares(pair, run.latency["rows"])
     rows = []
-    for row in run.latency["rows"]:
+    for row, share in bench.rows_with_shares(run.latency):
         if "failed" in row:
             rows.append([row["format"], row["batch"], row["network"], "", "", f"failed: {row['failed']}"])
             continue
         timing = row["timing"]
-        share = time.get((row["format"], row["batch"])) if row["network"] == pair["after"] else None
         rows.append([row["format"], row["batch"], row["network"], f"{timing['median'] * 1e3:.3g}",
                      f"{timing['low'] * 1e3:.3g} to {timing['high'] * 1e3:.3g}", "" if share is None else f"{share:.2f}"])
-    reasons = "".join(f"<p>{_safe(reason)}</p>" for reason in pair["reasons"])
+    reasons = "".join(f"<p>{_safe(reason)}</p>" for reason in run.latency["pairs"][0]["reasons"])
     return (f"<h2>Latency</h2><p>On {_safe(run.latency['place'])}. Measure more, on any machine: s2h bench {_safe(run.folder)}</p>"
             + _table(["format", ">batch", "network", ">ms, median", ">quartiles", ">share of the time"], rows) + reasons)
 
@@ -198,7 +200,7 @@ def _files(run: Run) -> str:
 
 def _origin(run: Run) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in run.plan["versions"].items() if version)
-    command = f"<pre>{_safe(run.command)}</pre>" if run.command else ""
+    command = f"<pre>{_safe(run.config.command())}</pre>" if run.config else ""
     return f"<h2>How it was made</h2>{command}<p>{_safe(versions)}</p>"
 
 

@@ -9,9 +9,11 @@ from rich.table import Table
 from rich.text import Text
 
 from .. import CONVENTION
-from ..bench import medians, shares
+from ..bench import medians, rows_with_shares, shares
 from ..zoo import Known, passes
 
+#: The least width of a table.
+COLUMNS = 80
 BAR = 10
 #: Spread of a time, as a share of it, beyond which it is said to be unreliable.
 RELIABLE = 0.2
@@ -120,12 +122,11 @@ def models(found: list[Known], versions: dict[str, str]) -> Table:
 def latencies(found: dict[str, Any]) -> Group:
     """What `s2h bench` shows: a line for each format, batch and network, then where the time went and why it fell by less than the MACs."""
     table = _table(f"On {found['place']}", "format", ">batch", "*network", ">ms", ">spread", ">images/s", ">time")
-    of_pair = {pair["after"]: shares(pair, found["rows"]) for pair in found["pairs"]}
-    for row in found["rows"]:
+    for row, share in rows_with_shares(found):
         if "failed" in row:
             table.add_row(row["format"], str(row["batch"]), row["network"], "", "", "", "failed")
             continue
-        timing, share = row["timing"], of_pair.get(row["network"], {}).get((row["format"], row["batch"]))
+        timing = row["timing"]
         table.add_row(row["format"], str(row["batch"]), row["network"], f"{timing['median'] * 1e3:.3g}",
                       f"±{(timing['high'] - timing['low']) / 2 / timing['median']:.1%}", f"{row['batch'] / timing['median']:.0f}",
                       "" if share is None else f"{share:.2f}")
@@ -135,7 +136,7 @@ def latencies(found: dict[str, Any]) -> Group:
     table.caption_justify = "left"
     parts: list[Any] = [table]
     for pair in found["pairs"]:
-        time = of_pair[pair["after"]].values()
+        time = shares(pair, found["rows"]).values()
         if not time:
             continue
         span = f"{min(time):.2f}" if max(time) - min(time) < 0.005 else f"{min(time):.2f} to {max(time):.2f}"
@@ -201,8 +202,15 @@ def _kind(kind: str) -> str:
 
 
 def console(**options: Any) -> Console:
-    """A console that keeps 80 columns when the output is no terminal."""
+    """A console that has `COLUMNS` columns when the output is no terminal."""
     console = Console(highlight=False, markup=False, **options)
     if not console.is_terminal:
-        console.width = 80
+        console.width = COLUMNS
     return console
+
+
+def show(table: Any) -> None:
+    """Prints a table, in a narrower terminal too as wide as it is: the terminal breaks its lines, but no number is cut."""
+    wide = console()
+    wide.width = max(wide.width, COLUMNS)
+    wide.print(table)
