@@ -105,6 +105,7 @@ ABLATIONS = {
     "s2h, masks to the end": Row(settings={"freeze": 1.0, "merge": math.inf}),
     "s2h, never merged": Row(settings={"merge": math.inf}),
     "s2h, merged at the freeze": Row(settings={"merge": 0.0}),
+    "s2h, merged at the freeze = cost": Row(settings={"merge": 0.0}, cost="s2h"),
 }
 
 ALL_ROWS = ROWS | ABLATIONS
