@@ -60,15 +60,20 @@ class Where:
                 raise UserError(f"--latency cannot be measured in {self.format} ({row['failed']}); choose another --latency-format")
         return {row["network"]: (row["timing"]["median"], row["share"]) for row in rows}
 
-    def share(self, whole: fx.GraphModule, small: fx.GraphModule) -> float:
-        """Latency of `small` as a share of that of `whole`, measured in pairs: the median of several looks. In all processes the first one's."""
+    def share(self, whole: fx.GraphModule, small: fx.GraphModule) -> tuple[float, float]:
+        """Latency of `small` as a share of that of `whole`, measured in pairs: the median of several looks, and its standard error. In all
+        processes those of the first one."""
         found = None
         if distributed.RANK == 0:
             looks: list[float] = []
-            while len(looks) < LOOKS[0] or len(looks) < LOOKS[1] and statistics.stdev(looks) / len(looks) ** 0.5 > ENOUGH * statistics.mean(looks):
+            while len(looks) < LOOKS[0] or len(looks) < LOOKS[1] and _error(looks) > ENOUGH * statistics.mean(looks):
                 looks.append(self.times({"whole": whole, "small": small}, SECONDS)["small"][1])
-            found = statistics.median(looks)
+            found = statistics.median(looks), _error(looks)
         return distributed.from_first(found)
+
+
+def _error(looks: list[float]) -> float:
+    return statistics.stdev(looks) / len(looks) ** 0.5
 
 
 @dataclass(frozen=True)
@@ -104,8 +109,8 @@ def add_latency(network: fx.GraphModule, space: Space, where: Where, known: Tabl
     table = known or Table(**distributed.from_first(asdict(measure(network, space, where)) if distributed.RANK == 0 else None))
     space.costs["latency"] = table.cost(network, space)
 
-    def clock(widths: np.ndarray) -> float:
-        """Latency at these widths as a share of the whole network's, measured."""
+    def clock(widths: np.ndarray) -> tuple[float, float]:
+        """Latency at these widths as a share of the whole network's, measured, and its standard error."""
         return where.share(network, rebuild(network, Plan.from_widths(space, widths, np.zeros(space.size))))
 
     space.clock = clock

@@ -166,7 +166,7 @@ def closing(result: dict[str, Any]) -> Table:
     pair = result["latency"]["pairs"][0]
     for (format, batch), (before, after) in medians(pair, result["latency"]["rows"]).items():
         target = facts["budget"].get("latency")
-        asked = f"ratio {pair['share']:.4f}, target {target:.4g}" if target else f"{after / before:.2f} of the time (s2h bench)"
+        asked = f"ratio {pair['share']:.4f} ± {pair['error']:.4f}, target {target:.4g}" if target else f"{after / before:.2f} of the time (s2h bench)"
         table.add_row(f"latency, batch {batch}, {format}", f"{before * 1e3:.3g} ms", f"{after * 1e3:.3g} ms", asked)
     for name, found in result["files"].items():
         table.add_row(name, "", f"{found['difference']:.1e}", "largest difference, relative")
