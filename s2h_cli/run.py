@@ -196,7 +196,7 @@ def prepare(config: Config, device: torch.device, console: Console, folder: Path
                   f"{len(classes)} classes, input {'x'.join(map(str, source.input_size))}, {device}{processes}", soft_wrap=True)
     limits = [f"{share} of {quantity(space.full_costs[kind])} {KINDS[kind]}, smallest reachable {space.share(kind, space.least):.4f}"
               for kind, share in config.shares.items() if kind != "latency"]
-    console.print(f"{len(space.groups)} groups, {space.size} prunable channels and heads; target {'; '.join(limits)}", soft_wrap=True)
+    console.print("; ".join([f"{len(space.groups)} groups, {space.size} prunable channels and heads", *(f"target {limit}" for limit in limits)]), soft_wrap=True)
 
     methods = FROM_TRAINED if config.teacher == START else METHODS
     kind = partial(methods[config.method], compile=config.compile, sync_bn=config.sync_bn) if config.epochs else OneShot
