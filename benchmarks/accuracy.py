@@ -94,8 +94,8 @@ ROWS = {
     **{f"{name}, not taught": Row(name, taught=False) for name in ("s2h", "stp", "dmp", *CONTROLS)},
 }
 #: What training on gives the whole network, and what each part of S2H gives: run when they are named.
+WHOLE = {"dense": Row("dense")}
 ABLATIONS = {
-    "dense": Row("dense"),
     "s2h, u without L": Row(settings={"hears": ("hard", "mask")}),
     "s2h, u without m_hat": Row(settings={"hears": ("task", "mask")}),
     "s2h, u without step 2": Row(settings={"hears": ("task", "hard")}),
@@ -108,7 +108,7 @@ ABLATIONS = {
     "s2h, merged at the freeze = cost": Row(settings={"merge": 0.0}, cost="s2h"),
 }
 
-ALL_ROWS = ROWS | ABLATIONS
+ALL_ROWS = ROWS | WHOLE | ABLATIONS
 
 COLUMNS = ("scenario", "row", "flops", "seed", "epochs", "hard", "soft", "gap", "js", "l2", "ratio", "units", "seconds", "widths", "torch", "timm", "command")
 
@@ -133,8 +133,8 @@ def main() -> None:
                         append(path, {"scenario": scenario, "row": name, "flops": flops, "seed": seed, **found,
                                       "torch": torch.__version__, "timm": timm.__version__,
                                       "command": f"python benchmarks/accuracy.py {args.table} FOLDER --scenario {scenario} --flops {flops:g} --seeds {seed} --rows '{name}'"})
-    print(summary(path, [name for name in ALL_ROWS if name not in ABLATIONS or name == "dense"]))
-    print("\nAblations:\n\n" + summary(path, [name for name in ABLATIONS if name != "dense"]))
+    print(summary(path, [*ROWS, *WHOLE]))
+    print("\nAblations:\n\n" + summary(path, list(ABLATIONS)))
 
 
 def run_cell(table: Table, splits: Splits, path: Path, scenario: str, name: str, flops: float, seed: int) -> dict[str, Any]:

@@ -528,3 +528,4 @@ def _load_weights(source: Source, path: Path, num_classes: int | None) -> None:
         )
     source.module.load_state_dict(state, strict=False)
     source.pretrained = True
+    source.classes = None  # which classes the head of the file knows it does not tell

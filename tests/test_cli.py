@@ -280,6 +280,7 @@ def test_a_result_gets_a_new_head_for_as_many_other_classes(here, capsys):
     for split in ("train", "val"):
         (here / "data" / split / "dark").rename(here / "data" / split / "black")
     assert s2h(*train, "data") == 0 and "the head is new and untrained" in capsys.readouterr().out
+    assert s2h(*train, "data", "--weights", "out/model.safetensors") == 0 and "the head is new" not in capsys.readouterr().out
 
 
 def test_a_plan_without_its_facts_is_one_line(here, capsys):

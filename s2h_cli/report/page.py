@@ -40,6 +40,11 @@ class Run:
         """Of the result, in percent."""
         return self.plan.get("results", {}).get("top1", {}).get("exported")
 
+    @property
+    def limited(self) -> tuple[str, int] | None:
+        """The format and the batch that `--latency` is meant in."""
+        return (self.config.latency_format, self.config.latency_batch) if self.config else None
+
 
 def read_run(folder: Path) -> Run:
     """Reads a run folder, or that of one of several budgets.
@@ -139,7 +144,7 @@ def _headline(run: Run) -> str:
     pair = _pair(run)
     if pair:
         timed, place = pair
-        limited = run.config is not None and (timed["format"], timed["batch"]) == (run.config.latency_format, run.config.latency_batch)
+        limited = (timed["format"], timed["batch"]) == run.limited
         cards.append((f"latency, batch {timed['batch']}", f"{timed['after'] * 1e3:.3g} ms", f"{timed['after'] / timed['before']:.2f} of {timed['before'] * 1e3:.3g} ms, "
                       f"{timed['format']}, {place}{asked('latency') if limited else ''}"))
     weights = run.folder / artifacts.WEIGHTS
@@ -157,8 +162,7 @@ def _pair(run: Run) -> tuple[dict[str, Any], str] | None:
     found = bench.medians(run.latency["pairs"][0], run.latency["rows"])
     if not found:
         return None
-    limited = (run.config.latency_format, run.config.latency_batch) if run.config else None
-    format, batch = limited if limited in found else next(iter(found))
+    format, batch = run.limited if run.limited in found else next(iter(found))
     before, after = found[format, batch]
     return {"format": format, "batch": batch, "before": before, "after": after}, run.latency["place"]
 
