@@ -198,4 +198,4 @@ def divergence(p: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
 
 
 #: Differentiable masks alone: nothing distils, and the network is cut at the end. The baseline that has the gap.
-DMP = partial(S2H, settings=Settings(hears=("task",), teaches=False, freeze=1.0))
+DMP = partial(S2H, settings=Settings(hears=("task",), teaches=False, ramp=0.15, freeze=1.0))
