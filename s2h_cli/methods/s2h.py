@@ -59,7 +59,7 @@ class S2H(HardMethod):
             self.soft = nn.SyncBatchNorm.convert_sync_batchnorm(self.soft)
         self.space = space
         self.budget = budget
-        self.settings, self.compile = settings, compile
+        self.settings = settings
         device = next(network.parameters()).device
         self.masks = Masks(space, settings.temperature).to(device)
         self.weights = dict(network.named_parameters())
