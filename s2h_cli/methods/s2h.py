@@ -99,7 +99,7 @@ class S2H(HardMethod):
     def passes(self) -> list[Callable[..., dict[str, torch.Tensor]]]:
         """The soft network's, then the hard one's: never are the activations of both in memory."""
         if self.alone:
-            return [self.alone_terms]
+            return [self.task_terms]
         return [self.soft_terms, self.hard_terms][:1 + self.settings.teaches]
 
     def soft_terms(self, images: torch.Tensor, targets: torch.Tensor, criterion: Callable) -> dict[str, torch.Tensor]:
@@ -122,10 +122,6 @@ class S2H(HardMethod):
         """G step 1 ("hard"), against the logits of the soft pass. Arguments as of `soft_terms`."""
         hard = self.hard.run(self.hard_parameters(self.gates_now() if "hard" in self.settings.hears else None), images)
         return {"hard": self.settings.alpha * divergence(self.soft_logits, hard)}
-
-    def alone_terms(self, images: torch.Tensor, targets: torch.Tensor, criterion: Callable) -> dict[str, torch.Tensor]:
-        """The task's loss of the hard network ("task"). Arguments as of `soft_terms`."""
-        return {"task": criterion(self.hard.run(self.hard_parameters(), images), targets)}
 
     def backward(self, terms: dict[str, torch.Tensor]) -> None:
         """Accumulates the gradients of the terms of a pass."""
