@@ -13,7 +13,7 @@ In scenario A all start from one dense network, whose cost is not counted, and w
 Cost is in units: one forward and backward of the whole network over the training images once, by PyTorch's counter of operations
 (`torch.utils.flop_counter`) on every tenth step (EPSD's scoring, on its first eight steps, is not in it); seconds are the processor's.
 `soft` is the accuracy of the soft network, or of STP's whole one, and `gap`, `js` and `l2` what lies between it and the hard one at that
-time: for S2H just before the widths freeze, for others the end of the run. The rows of Torch-Pruning need `pip install torch-pruning`.
+time: for S2H just before the two become one, for others the end of the run. The rows of Torch-Pruning need `pip install torch-pruning`.
 
 Rows of one seed see the same augmented images in the same order. These, and what the teacher says of them, are kept in memory (2 to 4 GB) for
 the rows that follow. So loading is not in the seconds; the teacher's passes are, with the time that they took.
@@ -49,7 +49,6 @@ from s2h_cli.plan import Space
 from s2h_cli.source import Source, load_source
 from s2h_cli.teacher import start
 from s2h_cli.train.loop import evaluate, first_images, fit, seed_everything
-from variants import VARIANTS
 
 RESULTS = Path(__file__).parent / "accuracy"
 METER_EVERY = 10
@@ -102,14 +101,14 @@ ABLATIONS = {
     "s2h, u without step 2": Row(settings={"hears": ("task", "hard")}),
     "s2h, u by R alone": Row(settings={"hears": ()}),
     "s2h, hard network not trained": Row(settings={"teaches": False}),
-    "dmp, cut halfway": Row(settings={"hears": ("task",), "teaches": False, "ramp": 0.4, "freeze": 0.5}),
-    "s2h, masks to the end": Row(settings={"ramp": 0.15, "freeze": 1.0}),
-    **{f"s2h, a thirtieth{cost}": Row(settings={"ramp": 0.02, "freeze": 1 / 30, "mask_speed": 300.0}, cost="s2h" if cost else None) for cost in ("", " = cost")},
-    "s2h, T = 2": Row(settings={"temperature": 2.0}),
-    "s2h, T = 0.5": Row(settings={"temperature": 0.5}),
-    "s2h, KL the other way": Row("other direction"),
-    "s2h, order of channels fixed": Row("fixed order"),
-    "s2h, terms balanced": Row("balanced"),
+    "dmp, cut halfway": Row(settings={"hears": ("task",), "teaches": False, "ramp": 0.4, "freeze": 0.5, "merge": 0.5}),
+    "s2h, masks to the end": Row(settings={"freeze": 1.0, "merge": math.inf}),
+    "s2h, never merged": Row(settings={"merge": math.inf}),
+    "s2h, merged at the freeze": Row(settings={"merge": 0.0}),
+    "s2h, merged at the freeze = cost": Row(settings={"merge": 0.0}, cost="s2h"),
+    "s2h, alone after a third": Row(settings={"ramp": 0.2, "freeze": 1 / 3, "merge": 0.0}),
+    **{f"s2h, alone after a thirtieth{cost}": Row(settings={"ramp": 0.02, "freeze": 1 / 30, "merge": 0.0, "mask_speed": 300.0}, cost="s2h" if cost else None)
+       for cost in ("", " = cost")},
 }
 
 ALL_ROWS = ROWS | WHOLE | ABLATIONS
@@ -156,7 +155,7 @@ def run_cell(table: Table, splits: Splits, path: Path, scenario: str, name: str,
         method = METHODS["dense"](network, Space(network), Budget(flops=1.0))
         ratio = method.space.full_macs / full
     else:
-        make = ((FROM_TRAINED if teacher else METHODS) | VARIANTS)[row.method]
+        make = (FROM_TRAINED if teacher else METHODS)[row.method]
         if row.settings:
             make = partial(make, settings=replace(TRAINED if teacher else Settings(), **row.settings))
         method, ratio = make(network, Space(network), Budget(flops=flops)), None
@@ -166,8 +165,9 @@ def run_cell(table: Table, splits: Splits, path: Path, scenario: str, name: str,
         if paid is None or alone is None:
             sys.exit(f"'{name}' needs the rows '{row.cost}' and '{name.removesuffix(' = cost')}' first")
         epochs = math.ceil(float(paid["units"]) / (float(alone["units"]) / int(alone["epochs"])))
-    freeze = getattr(getattr(method, "settings", None), "freeze", 1.0)
-    watcher = Watcher(method, whole, source, len(splits.train) // 64, epochs, freeze)
+    settings = getattr(method, "settings", None)
+    merge = max(settings.merge, settings.freeze) if hasattr(settings, "merge") else math.inf
+    watcher = Watcher(method, whole, source, len(splits.train) // 64, epochs, min(merge, 1.0))
     started = CLOCK()
     found = train(method, table, splits, source, epochs, seed, watcher, teacher)
     return {"epochs": epochs, "hard": found["top1_hard"], **watcher.apart, "ratio": ratio or method.plan.ratio, "units": watcher.units(),
@@ -287,15 +287,15 @@ class Watcher:
     Args:
         network: the whole one, which a unit of cost is a forward and backward of.
         steps: of an epoch.
-        freeze: share of the schedule after which S2H has one network.
+        merge: share of the schedule after which there is one network.
     """
 
-    def __init__(self, method: Any, network: nn.Module, source: Source, steps: int, epochs: int, freeze: float = 1.0):
+    def __init__(self, method: Any, network: nn.Module, source: Source, steps: int, epochs: int, merge: float = 1.0):
         with FlopCounterMode(display=False) as self.counter:
             network.train()(torch.randn(64, *source.input_size)).square().mean().backward()
         self.unit, self.steps, self.counted, self.counting = self.counter.get_total_flops(), steps, [], False
         self.method, self.epochs, self.apart, self.val = method, epochs, {}, Batches()
-        self.last_apart = math.ceil(freeze * steps * epochs)  # the step after which the networks are compared
+        self.last_apart = math.ceil(merge * steps * epochs)  # the step after which the networks are compared
         self.images: list[torch.Tensor] = []  # on which batch-norm statistics are re-estimated
 
     def step(self, epoch: int, step: int, facts: dict[str, float]) -> None:
