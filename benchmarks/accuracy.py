@@ -104,10 +104,10 @@ ABLATIONS = {
     "dmp, cut halfway": Row(settings={"hears": ("task",), "teaches": False, "ramp": 0.4, "freeze": 0.5, "merge": 0.5}),
     "s2h, masks to the end": Row(settings={"freeze": 1.0, "merge": math.inf}),
     "s2h, never merged": Row(settings={"merge": math.inf}),
-    "s2h, merged at the freeze": Row(settings={"merge": 0.0}),
-    "s2h, merged at the freeze = cost": Row(settings={"merge": 0.0}, cost="s2h"),
-    "s2h, alone after a third": Row(settings={"ramp": 0.2, "freeze": 1 / 3, "merge": 0.0}),
-    **{f"s2h, alone after a thirtieth{cost}": Row(settings={"ramp": 0.02, "freeze": 1 / 30, "merge": 0.0, "mask_speed": 300.0}, cost="s2h" if cost else None)
+    "s2h, merged at the freeze": Row(settings={"merge": Settings.freeze}),
+    "s2h, merged at the freeze = cost": Row(settings={"merge": Settings.freeze}, cost="s2h"),
+    "s2h, alone after a third": Row(settings={"ramp": 0.2, "freeze": 1 / 3, "merge": 1 / 3}),
+    **{f"s2h, alone after a thirtieth{cost}": Row(settings={"ramp": 0.02, "freeze": 1 / 30, "merge": 1 / 30, "mask_speed": 300.0}, cost="s2h" if cost else None)
        for cost in ("", " = cost")},
 }
 
@@ -165,8 +165,7 @@ def run_cell(table: Table, splits: Splits, path: Path, scenario: str, name: str,
         if paid is None or alone is None:
             sys.exit(f"'{name}' needs the rows '{row.cost}' and '{name.removesuffix(' = cost')}' first")
         epochs = math.ceil(float(paid["units"]) / (float(alone["units"]) / int(alone["epochs"])))
-    settings = getattr(method, "settings", None)
-    merge = max(settings.merge, settings.freeze) if hasattr(settings, "merge") else math.inf
+    merge = getattr(getattr(method, "settings", None), "merge", math.inf)
     watcher = Watcher(method, whole, source, len(splits.train) // 64, epochs, min(merge, 1.0))
     started = CLOCK()
     found = train(method, table, splits, source, epochs, seed, watcher, teacher)
