@@ -28,9 +28,11 @@ from .rebuild import rebuild
 
 #: Networks of random widths that are measured, beside the whole one; and rounds of each, operator by operator.
 NETWORKS, ROUNDS = 15, 7
-#: Timing a network against the whole one: seconds of a look, which has copies of both that lie elsewhere in memory; the fewest and the most looks;
-#: and the standard error, as a share, at which there are enough of them. One look scatters by 4 % on a quiet machine, by 10 % on a busy one.
-SECONDS, LOOKS, ENOUGH = 1.0, (5, 30), 0.01
+#: Timing a network against the whole one: seconds of a look, which has copies of both that lie elsewhere in memory, and how many there are. One look
+#: scatters by 4 % on a quiet machine, by 10 % on a busy one, and those of ten seconds err alike: their scatter does not say when there are enough.
+SECONDS, LOOKS = 1.0, 40
+#: After how many looks a network counts that is off what is aimed at by so much, as a share.
+FIRST, FAR = 5, 0.1
 #: The divisors that `--divisor auto` tries, and how much slower than the best a smaller one may be.
 DIVISORS, PAYS = (4, 8, 16, 32), 0.03
 #: Of coordinate descent.
@@ -60,20 +62,20 @@ class Where:
                 raise UserError(f"--latency cannot be measured in {self.format} ({row['failed']}); choose another --latency-format")
         return {row["network"]: (row["timing"]["median"], row["share"]) for row in rows}
 
-    def share(self, whole: fx.GraphModule, small: fx.GraphModule) -> tuple[float, float]:
-        """Latency of `small` as a share of that of `whole`, measured in pairs: the median of several looks, and its standard error. In all
-        processes those of the first one."""
-        found = None
+    def looks(self, whole: fx.GraphModule, small: fx.GraphModule, aim: float | None = None) -> list[float]:
+        """Latency of `small` as a share of that of `whole`, measured in pairs, `LOOKS` times, or `FIRST` times where that is `FAR` from what
+        is aimed at. In all processes what the first one measured."""
+        found: list[float] = []
         if distributed.RANK == 0:
-            looks: list[float] = []
-            while len(looks) < LOOKS[0] or len(looks) < LOOKS[1] and _error(looks) > ENOUGH * statistics.mean(looks):
-                looks.append(self.times({"whole": whole, "small": small}, SECONDS)["small"][1])
-            found = statistics.median(looks), _error(looks)
+            while len(found) < FIRST or len(found) < LOOKS and not (aim and abs(statistics.median(found) / aim - 1) > FAR):
+                found.append(self.times({"whole": whole, "small": small}, SECONDS)["small"][1])
         return distributed.from_first(found)
 
 
-def _error(looks: list[float]) -> float:
-    return statistics.stdev(looks) / len(looks) ** 0.5
+def error(looks: list[float]) -> float:
+    """The standard error of a mean of looks, of which neighbours err alike: that of the means of stretches of `FIRST`."""
+    stretches = [statistics.mean(looks[i:i + FIRST]) for i in range(0, len(looks), FIRST)]
+    return statistics.stdev(stretches) / len(stretches) ** 0.5
 
 
 @dataclass(frozen=True)
@@ -109,9 +111,9 @@ def add_latency(network: fx.GraphModule, space: Space, where: Where, known: Tabl
     table = known or Table(**distributed.from_first(asdict(measure(network, space, where)) if distributed.RANK == 0 else None))
     space.costs["latency"] = table.cost(network, space)
 
-    def clock(widths: np.ndarray) -> tuple[float, float]:
-        """Latency at these widths as a share of the whole network's, measured, and its standard error."""
-        return where.share(network, rebuild(network, Plan.from_widths(space, widths, np.zeros(space.size))))
+    def clock(widths: np.ndarray, aim: float | None = None) -> list[float]:
+        """Latency at these widths as a share of the whole network's, measured several times; fewer where it is far from what is aimed at."""
+        return where.looks(network, rebuild(network, Plan.from_widths(space, widths, np.zeros(space.size))), aim)
 
     space.clock = clock
     return table

@@ -87,6 +87,18 @@ def test_the_clock_has_the_last_word(space, formula, power, target):
     assert space.ratio(both) <= 0.2 and space.clock(both)[0] / target <= NEAR[1]
 
 
+@pytest.mark.parametrize("aim, count", [(None, lookup.LOOKS), (0.5, lookup.LOOKS), (0.3, lookup.FIRST)])
+def test_a_network_that_is_far_off_is_looked_at_less_often(monkeypatch, aim, count):
+    monkeypatch.setattr(lookup.Where, "times", lambda *args: {"small": (1.0, 0.5)})
+    assert lookup.Where("eager", 1, torch.device("cpu")).looks(None, None, aim) == [0.5] * count
+
+
+def test_the_error_of_looks_that_drift_is_not_that_of_looks_in_any_order():
+    drifting = [0.5 + 0.001 * i for i in range(lookup.LOOKS)]
+    mixed = np.random.default_rng(0).permutation(drifting).tolist()
+    assert lookup.error(drifting) > 1.5 * lookup.error(mixed) > 0
+
+
 def test_coefficients_are_fitted_and_never_negative():
     rng = np.random.default_rng(0)
     a = rng.random((12, 4)) * [1, 1e6, 1e3, 1]
