@@ -13,7 +13,7 @@ In scenario A all start from one dense network, whose cost is not counted, and w
 Cost is in units: one forward and backward of the whole network over the training images once, by PyTorch's counter of operations
 (`torch.utils.flop_counter`) on every tenth step (EPSD's scoring, on its first eight steps, is not in it); seconds are the processor's.
 `soft` is the accuracy of the soft network, or of STP's whole one, and `gap`, `js` and `l2` what lies between it and the hard one at that
-time: for S2H just before the two become one, for others the end of the run. The rows of Torch-Pruning need `pip install torch-pruning`.
+time: for S2H just before the widths freeze, for others the end of the run. The rows of Torch-Pruning need `pip install torch-pruning`.
 
 Rows of one seed see the same augmented images in the same order. These, and what the teacher says of them, are kept in memory (2 to 4 GB) for
 the rows that follow. So loading is not in the seconds; the teacher's passes are, with the time that they took.
@@ -101,15 +101,17 @@ ABLATIONS = {
     "s2h, u without step 2": Row(settings={"hears": ("task", "hard")}),
     "s2h, u by R alone": Row(settings={"hears": ()}),
     "s2h, hard network not trained": Row(settings={"teaches": False}),
-    "dmp, cut halfway": Row(settings={"hears": ("task",), "teaches": False, "ramp": 0.4, "freeze": 0.5, "merge": 0.5}),
-    "s2h, masks to the end": Row(settings={"freeze": 1.0, "merge": math.inf}),
-    "s2h, never merged": Row(settings={"merge": math.inf}),
-    "s2h, merged at the freeze": Row(settings={"merge": Settings.freeze}),
-    "s2h, merged at the freeze = cost": Row(settings={"merge": Settings.freeze}, cost="s2h"),
-    "s2h, alone after a third": Row(settings={"ramp": 0.2, "freeze": 1 / 3, "merge": 1 / 3}),
-    **{f"s2h, alone after a thirtieth{cost}": Row(settings={"ramp": 0.02, "freeze": 1 / 30, "merge": 1 / 30, "mask_speed": 300.0}, cost="s2h" if cost else None)
+    "dmp, cut halfway": Row(settings={"hears": ("task",), "teaches": False, "ramp": 0.4, "freeze": 0.5, "floor": 0.0}),
+    "s2h, masks to the end": Row(settings={"freeze": 1.0}),
+    "s2h, no floor": Row(settings={"floor": 0.0}),
+    "s2h, frozen at a third, no floor": Row(settings={"ramp": 0.2, "freeze": 1 / 3, "floor": 0.0}),
+    **{f"s2h, frozen at a thirtieth{cost}": Row(settings={"ramp": 0.02, "freeze": 1 / 30, "mask_speed": 300.0}, cost="s2h" if cost else None)
        for cost in ("", " = cost")},
 }
+
+#: What S2H was before, from random weights: without a floor, its gates fading into the mask from 0.25 to 0.4 of the schedule (commit ac01bef, whose
+#: names of rows the commands have).
+FADING = "s2h, fading"
 
 ALL_ROWS = ROWS | WHOLE | ABLATIONS
 
@@ -138,6 +140,7 @@ def main() -> None:
                                       "command": f"python benchmarks/accuracy.py {args.table} FOLDER --scenario {scenario} --flops {flops:g} --seeds {seed} --rows '{name}'"})
     print(summary(path, [*ROWS, *WHOLE]))
     print("\nAblations:\n\n" + summary(path, list(ABLATIONS)))
+    print("\nBefore:\n\n" + summary(path, [row["row"] for row in read(path) if row["row"].startswith(FADING)], FADING))
 
 
 def run_cell(table: Table, splits: Splits, path: Path, scenario: str, name: str, flops: float, seed: int) -> dict[str, Any]:
@@ -165,8 +168,8 @@ def run_cell(table: Table, splits: Splits, path: Path, scenario: str, name: str,
         if paid is None or alone is None:
             sys.exit(f"'{name}' needs the rows '{row.cost}' and '{name.removesuffix(' = cost')}' first")
         epochs = math.ceil(float(paid["units"]) / (float(alone["units"]) / int(alone["epochs"])))
-    merge = getattr(getattr(method, "settings", None), "merge", math.inf)
-    watcher = Watcher(method, whole, source, len(splits.train) // 64, epochs, min(merge, 1.0))
+    freeze = getattr(getattr(method, "settings", None), "freeze", 1.0)
+    watcher = Watcher(method, whole, source, len(splits.train) // 64, epochs, freeze)
     started = CLOCK()
     found = train(method, table, splits, source, epochs, seed, watcher, teacher)
     return {"epochs": epochs, "hard": found["top1_hard"], **watcher.apart, "ratio": ratio or method.plan.ratio, "units": watcher.units(),
@@ -286,15 +289,15 @@ class Watcher:
     Args:
         network: the whole one, which a unit of cost is a forward and backward of.
         steps: of an epoch.
-        merge: share of the schedule after which there is one network.
+        freeze: share of the schedule after which S2H has one network.
     """
 
-    def __init__(self, method: Any, network: nn.Module, source: Source, steps: int, epochs: int, merge: float = 1.0):
+    def __init__(self, method: Any, network: nn.Module, source: Source, steps: int, epochs: int, freeze: float = 1.0):
         with FlopCounterMode(display=False) as self.counter:
             network.train()(torch.randn(64, *source.input_size)).square().mean().backward()
         self.unit, self.steps, self.counted, self.counting = self.counter.get_total_flops(), steps, [], False
         self.method, self.epochs, self.apart, self.val = method, epochs, {}, Batches()
-        self.last_apart = math.ceil(merge * steps * epochs)  # the step after which the networks are compared
+        self.last_apart = math.ceil(freeze * steps * epochs)  # the step after which the networks are compared
         self.images: list[torch.Tensor] = []  # on which batch-norm statistics are re-estimated
 
     def step(self, epoch: int, step: int, facts: dict[str, float]) -> None:
@@ -406,9 +409,9 @@ def append(path: Path, found: dict[str, Any]) -> None:
     print({name: found.get(name) for name in COLUMNS[:12]}, flush=True)
 
 
-def summary(path: Path, names: list[str]) -> str:
-    """A Markdown table of the rows of these names on disk: means over the seeds; of the hard network's accuracy, and of how far S2H at the same seeds is
-    above it, with the standard error of the mean."""
+def summary(path: Path, names: list[str], against: str = "s2h") -> str:
+    """A Markdown table of the rows of these names on disk: means over the seeds; of the hard network's accuracy, and of how far S2H (the row `against`)
+    at the same seeds is above it, with the standard error of the mean."""
     cells: dict[tuple, list[dict[str, str]]] = defaultdict(list)
     for row in read(path):
         cells[row["scenario"], row["flops"], row["row"]].append(row)
@@ -416,8 +419,8 @@ def summary(path: Path, names: list[str]) -> str:
     for (scenario, flops, name), rows in sorted(cells.items(), key=lambda cell: (cell[0][:2], -mean(cell[1], "hard"))):
         if name not in names:
             continue
-        ours = {row["seed"]: float(row["hard"]) for row in cells[scenario, flops, "s2h"]}
-        above = [ours[row["seed"]] - float(row["hard"]) for row in rows if row["seed"] in ours and name != "s2h"]
+        ours = {row["seed"]: float(row["hard"]) for row in cells[scenario, flops, against]}
+        above = [ours[row["seed"]] - float(row["hard"]) for row in rows if row["seed"] in ours and name != against]
         shown = [f"{mean(rows, c):.{d}f}" if any(row[c] for row in rows) else "" for c, d in (("soft", 2), ("gap", 2), ("js", 4), ("l2", 2), ("units", 1), ("seconds", 0))]
         lines.append(f"| {scenario} | {flops} | {name} | {len(rows)} | {rows[0]['epochs']} | {with_error([float(row['hard']) for row in rows])} | "
                      f"{with_error(above) if above else ''} | {' | '.join(shown)} |")

@@ -5,8 +5,8 @@
 All steps are forward and backward of the same network on the same images; the hard network has the same share of every group, at the
 target. The theory counts a plain step as 3 units (forward 1, backward 2), the soft network as 3, the hard network as 3 x ratio, and, of a
 step that moves the masks, the mask-only backward as 2 (gates on weights) and one more forward pass of the hard network. The mean is over
-a run: masks move in its first part, while the hard network comes down to the target; after the freeze gates fade; then soft and hard
-network are merged. Memory is what a step adds to that of the process before it.
+a run from scratch: masks move in its first part, while the hard network comes down to the target; after the freeze that one trains alone.
+Memory is what a step adds to that of the process before it.
 """
 
 from __future__ import annotations
@@ -28,8 +28,7 @@ from s2h_cli.masks import widths_of
 from s2h_cli.methods.s2h import S2H, Settings
 from s2h_cli.plan import Space
 
-STEPS = {"plain": lambda ratio: 3.0, "moving": lambda ratio: 3 + 2 + 4 * ratio, "fading": lambda ratio: 3 + 3 * ratio,
-         "merged": lambda ratio: 3 * ratio}
+STEPS = {"plain": lambda ratio: 3.0, "moving": lambda ratio: 3 + 2 + 4 * ratio, "alone": lambda ratio: 3 * ratio}
 
 
 def main() -> None:
@@ -90,15 +89,14 @@ def main() -> None:
 def steps(network, space: Space, flops: float, images: torch.Tensor, targets: torch.Tensor) -> dict:
     """The kinds of step, as functions without arguments."""
     criterion = nn.CrossEntropyLoss()
-    methods = [S2H(network, space, Budget(flops=flops)) for _ in range(3)]
+    moving, alone = (S2H(network, space, Budget(flops=flops)) for _ in range(2))
     widths = torch.from_numpy(widths_of(space, torch.ones(len(space.groups)), Budget(flops=flops)))
-    for method, progress in zip(methods, (0.0, Settings.freeze, Settings.merge)):
+    for method, progress in ((moving, 0.0), (alone, Settings.freeze)):
         with torch.no_grad():  # all but sure of the same share of every group
             method.masks.u.copy_(torch.where(method.masks.candidates.cpu() == widths[:, None], 0.0, -40.0))
         method.network.train()
         method.hard.module.train()
         method.start_step(progress)
-    moving, fading, merged = methods
 
     def run(method: S2H) -> None:
         network.zero_grad()
@@ -115,14 +113,13 @@ def steps(network, space: Space, flops: float, images: torch.Tensor, targets: to
         run(moving)
         moving.masks.u.grad = None
 
-    return {"plain": plain, "moving": move, "fading": lambda: run(fading), "merged": lambda: run(merged)}
+    return {"plain": plain, "moving": move, "alone": lambda: run(alone)}
 
 
 def mean(cost: dict[str, float], flops: float) -> float:
     """Over a whole run. What the hard network's passes cost more while it is larger than the budget is from theory."""
     ramp = Settings.ramp * (1 - flops) / 2 * 4 / 3
-    return (ramp + Settings.freeze * cost["moving"] + (Settings.merge - Settings.freeze) * cost["fading"]
-            + (1 - Settings.merge) * cost["merged"])
+    return ramp + Settings.freeze * cost["moving"] + (1 - Settings.freeze) * cost["alone"]
 
 
 def memory(device: str, line: str) -> int:

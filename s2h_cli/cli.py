@@ -92,7 +92,7 @@ def prune(
     amp: Annotated[Optional[bool], setting("Train in mixed precision.", "--amp/--no-amp")] = None,
     amp_dtype: Annotated[Optional[str], setting("bfloat16 or float16.", default=Config.amp_dtype)] = None,
     channels_last: Annotated[Optional[bool], setting("Keep images with their channels last: faster convolutions on GPUs.", "--channels-last/--no-channels-last")] = None,
-    compile: Annotated[Optional[bool], setting("Run the networks through torch.compile once the widths stand still.", "--compile/--no-compile")] = None,
+    compile: Annotated[Optional[bool], setting("Run the network through torch.compile once its widths stand still.", "--compile/--no-compile")] = None,
     sync_bn: Annotated[Optional[bool], setting("Batch norm over the images of all GPUs, not each GPU's own.", "--sync-bn/--no-sync-bn")] = None,
     checkpoint_every: Annotated[Optional[int], setting("Steps between two checkpoints. [default: one an epoch]", min=1)] = None,
     log: Annotated[Optional[str], setting("wandb: send the curves there, beside TensorBoard.")] = None,

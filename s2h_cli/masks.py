@@ -199,7 +199,18 @@ def _fitted(space: Space, value: list[np.ndarray], budget: Budget) -> np.ndarray
 
 def widths_of(space: Space, shares: torch.Tensor, budget: Budget) -> np.ndarray:
     """Widths (groups,) in proportion to `shares` (groups,) of the full ones, exactly on budget."""
-    return fit_budget(space, [-np.array(group.candidates) / group.size / share for group, share in zip(space.groups, shares.tolist())], budget)
+    return fit_budget(space, _in_proportion(space, shares.tolist()), budget)
+
+
+def _in_proportion(space: Space, shares: list[float]) -> list[np.ndarray]:
+    return [-np.array(group.candidates) / group.size / share for group, share in zip(space.groups, shares)]
+
+
+def floored(space: Space, share: float, budget: Budget) -> Space:
+    """The space without widths below so large a share of those that every group has where all on this budget are cut alike, rounded down to
+    a step. Of a latency its model is asked, not the clock."""
+    uniform = _fitted(space, _in_proportion(space, [1.0] * len(space.groups)), budget)
+    return space.at_least(np.array([int(share * width) // group.step * group.step for group, width in zip(space.groups, uniform)]))
 
 
 def widths_of_scores(space: Space, scores: np.ndarray, budget: Budget) -> np.ndarray:

@@ -11,7 +11,7 @@ import copy
 import hashlib
 import math
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Callable, Iterator
 
@@ -31,7 +31,7 @@ MIN_CANDIDATES = 8
 @dataclass(frozen=True)
 class Group:
     """Atoms `start` to `stop` of the network. `channels` is how many channels of its layers one atom stands for; widths are
-    multiples of `step` atoms, or all of them. `layers` are those whose output channels these are."""
+    multiples of `step` atoms from `least` on, or all of them. `layers` are those whose output channels these are."""
 
     name: str
     start: int
@@ -39,6 +39,7 @@ class Group:
     step: int
     channels: int
     layers: tuple[str, ...]
+    least: int = 1
 
     @property
     def size(self) -> int:
@@ -47,7 +48,7 @@ class Group:
     @property
     def candidates(self) -> list[int]:
         """The widths to choose from, in atoms, ascending; the last is the full one."""
-        return [*range(self.step, self.size, self.step), self.size]
+        return [*(width for width in range(self.step, self.size, self.step) if width >= self.least), self.size]
 
 
 @dataclass(frozen=True)
@@ -132,6 +133,12 @@ class Space:
     def least(self) -> np.ndarray:
         """The smallest widths (groups,)."""
         return np.array([g.candidates[0] for g in self.groups], int)
+
+    def at_least(self, widths: np.ndarray) -> Space:
+        """The same space without what is narrower than these widths (groups,)."""
+        found = copy.copy(self)
+        found.groups = [replace(group, least=int(width)) for group, width in zip(self.groups, widths)]
+        return found
 
     @cached_property
     def read_parts(self) -> dict[tuple[str, int], np.ndarray]:

@@ -176,7 +176,7 @@ def test_a_run_that_turns_nan_keeps_its_last_good_checkpoint(here, monkeypatch, 
         return {**out, "task": out["task"] * (float("nan") if len(steps) == 5 else 1)}  # step 2 of epoch 2
 
     monkeypatch.setattr(S2H, "soft_terms", poisoned)
-    line = error_of(capsys, *PRUNE, "--epochs", "4", "-o", "out")
+    line = error_of(capsys, *PRUNE, "--epochs", "6", "-o", "out")
     assert "epoch 2, by step 2 of 3" in line
     assert len(torch.load(here / "out" / "checkpoints" / "last", weights_only=True)["rows"]) == 1
 

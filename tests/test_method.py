@@ -11,8 +11,8 @@ from torch.func import functional_call
 
 from s2h_cli.graph import capture
 from s2h_cli.budget import Budget
-from s2h_cli.masks import Importance, Masks, fit_budget, plan_of_ranks
-from s2h_cli.methods.s2h import S2H, divergence
+from s2h_cli.masks import Importance, Masks, fit_budget, plan_of_ranks, widths_of
+from s2h_cli.methods.s2h import S2H, Settings, divergence
 from s2h_cli.plan import Space
 from s2h_cli.rebuild import slice_tensor
 
@@ -54,7 +54,6 @@ def in_float64(method):
     method.masks.double()
     method.soft.double()
     method.operands = method.hard.operands = {name: tensor.double() for name, tensor in method.operands.items()}
-    method.ladder = method.ladder.double()
     return method
 
 
@@ -109,7 +108,7 @@ def numeric_gradient(function, u, step=1e-6):
 def keep_probability(method, u):
     """w from its formula: the sum of p_k over the widths n_k that are larger than the rank."""
     out = torch.zeros(method.space.size, dtype=torch.float64)
-    for i, group in enumerate(method.space.groups):
+    for i, group in enumerate(method.choices.groups):
         p = u[i, : len(group.candidates)].softmax(0)
         for atom in range(group.start, group.stop):
             out[atom] = sum(pk for pk, n in zip(p, group.candidates) if n > method.ranks[atom])
@@ -118,7 +117,7 @@ def keep_probability(method, u):
 
 def expected_widths(method, u):
     return torch.stack([(u[i, : len(g.candidates)].softmax(0) * torch.tensor(g.candidates)).sum()
-                        for i, g in enumerate(method.space.groups)])
+                        for i, g in enumerate(method.choices.groups)])
 
 
 @pytest.mark.parametrize("method", [Computed], indirect=True)
@@ -261,10 +260,10 @@ def test_importance_is_the_mean_over_layers_of_relative_squared_norms():
 
 
 def test_the_widths_freeze_exactly_on_budget_and_stay(method, batch):
-    method.start_step(0.3)
+    method.start_step(method.settings.freeze)
     plan = method.plan
     assert plan.ratio <= method.budget.flops
-    for i, group in enumerate(method.space.groups):
+    for i, group in enumerate(method.choices.groups):
         larger = [n for n in group.candidates if n > plan.widths[i]]
         if larger:
             raised = plan.widths.copy()
@@ -272,8 +271,21 @@ def test_the_widths_freeze_exactly_on_budget_and_stay(method, batch):
             assert method.space.ratio(raised) > method.budget.flops
     step(method, batch)
     assert method.optimizers() == []
-    method.start_step(0.4)
+    method.start_step(0.9)
     assert method.plan is plan and method.masks.u.grad is None
+
+
+@pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
+def test_no_group_falls_below_its_share_of_the_uniform_width(share):
+    """Masks that want every group gone."""
+    space, budget = Space(network := capture(Small(), (3, 8, 8)).network, divisor=2), Budget(flops=0.4)
+    uniform = widths_of(space, torch.ones(len(space.groups)), budget)
+    method = S2H(network, space, budget, Settings(floor=share))
+    with torch.no_grad():
+        method.masks.u[:] = torch.linspace(0.0, -40.0 * method.masks.u.shape[1], method.masks.u.shape[1])
+    method.start_step(0.1)
+    for width, alike, group in zip(method.plan.widths, uniform, space.groups):
+        assert width == max(group.step, share * alike // group.step * group.step)
 
 
 @pytest.mark.parametrize("steps", [40, 400])
@@ -283,29 +295,17 @@ def test_the_masks_can_move_as_far_in_few_steps_as_in_many(method, steps):
     for i in range(steps):
         method.start_step(i / steps)
         moved += sum(optimizer.param_groups[0]["lr"] for optimizer in method.optimizers())
-    last = method.settings.freeze - 1 / steps  # progress of the last step before they freeze
-    assert moved == pytest.approx(method.settings.mask_speed * last)
+    last = max(i for i in range(steps) if i / steps < method.settings.freeze)  # before they freeze
+    assert moved == pytest.approx(method.settings.mask_speed * last / steps)
 
 
-def test_gates_fade_into_the_mask_until_both_networks_are_one(method, batch):
-    settings, images = method.settings, batch[0]
-    method.start_step(settings.freeze)
-    before, mask = method.gates_now().clone(), torch.from_numpy(method.plan.keep).double()
-    assert torch.equal(before, method.masks.keep_probability(method.ranks)) and (before - mask).abs().max() > 0.1
-    method.start_step((settings.freeze + settings.merge) / 2)
-    torch.testing.assert_close(method.gates_now(), (before + mask) / 2)
+def test_from_the_freeze_on_the_hard_network_trains_alone_on_the_task(method, batch):
     assert len(method.passes) == 2 and sorted(method.networks()) == ["hard", "soft"]
-    if method.space.gates:
-        return  # a weight that is standardised over all channels, or over the kept ones, is not the same
-    method.start_step(settings.merge - 1e-9)
-    torch.testing.assert_close(soft_logits(method, images, method.gates_now()), hard_logits(method, images), rtol=1e-5, atol=1e-6)
-
-
-def test_the_network_that_both_have_become_trains_on_the_task(method, batch):
-    method.start_step(method.settings.merge)
+    method.start_step(method.settings.freeze)
     (run,) = method.passes
     found = run(*batch, CRITERION)
     assert list(method.networks()) == ["hard"] and list(found) == ["task"]
+    assert np.array_equal(method.expected_widths(), method.plan.widths) and np.array_equal(method.gates_now().numpy(), method.plan.keep)
     torch.testing.assert_close(found["task"], CRITERION(hard_logits(method, batch[0]), batch[1]))
     method.backward(found)
     small = method.result().double().train()
@@ -384,7 +384,7 @@ def test_going_on_from_a_saved_state_is_going_on(method, batch):
         step(m, batch)
         for optimizer in m.optimizers():
             optimizer.step()
-        m.start_step(0.3)
+        m.start_step(m.settings.freeze)
     assert torch.equal(method.masks.u, other.masks.u)
     assert np.array_equal(method.plan.keep, other.plan.keep)
     for name, weight in method.weights.items():

@@ -53,10 +53,7 @@ class Cut(HardMethod):
 
     @property
     def passes(self) -> list[Callable[..., dict[str, torch.Tensor]]]:
-        return [self.terms]
-
-    def terms(self, images: torch.Tensor, targets: torch.Tensor, criterion: Callable) -> dict[str, torch.Tensor]:
-        return {"task": criterion(self.hard.run(self.hard.parameters(), images), targets)}
+        return [self.task_terms]
 
     def state_dict(self) -> dict:
         return {"hard": self.hard.state_dict(), "is_cut": self.is_cut}

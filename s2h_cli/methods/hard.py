@@ -95,6 +95,15 @@ class HardMethod:
     def plan(self) -> Plan:
         return self.hard.plan
 
+    def task_terms(self, images: torch.Tensor, targets: torch.Tensor, criterion: Callable) -> dict[str, torch.Tensor]:
+        """A pass: the task's loss of the hard network alone ("task").
+
+        Args:
+            images: (N, C, H, W).
+            targets: what `criterion` takes beside logits (N, classes).
+        """
+        return {"task": criterion(self.hard.run(self.hard.parameters(), images), targets)}
+
     def backward(self, terms: dict[str, torch.Tensor]) -> None:
         sum(terms.values()).backward()
 

@@ -8,14 +8,13 @@ With s, h the logits of soft and hard network, y the target, sg = stop gradient,
     R          beta (MACs(N) / MACs(full) - target)^2           to u through E (of several costs, the one furthest over its limit)
 
 m_hat = sg(m - w) + w has value 1 on every kept channel; dropped channels are not computed, so their share of its gradient is
-not either. The paper trains masks to the end. Here the target is ramped over the first part of the schedule, the widths are then
-frozen exactly on budget, and w fades into m, until soft and hard network are one: that one trains on, on the task's loss
+not either. The paper trains both networks and the masks to the end. Here the target is ramped over the first part of the schedule, then
+the widths are frozen exactly on budget, and the hard network trains on alone, on the task's loss; and no group may fall far below the others
 (docs/method.md says what was measured).
 """
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from functools import partial
 from typing import Callable
@@ -26,7 +25,7 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 from ..budget import Budget
-from ..masks import Importance, Masks, fit_budget, gate_reads, gated, plan_of_ranks
+from ..masks import Importance, Masks, fit_budget, floored, gate_reads, gated, plan_of_ranks
 from ..plan import Space
 from ..rebuild import insert_gates
 from .hard import Forward, HardMethod, HardNetwork, runner
@@ -41,14 +40,14 @@ class Settings:
     temperature: float = 1.0  #: T of the width probabilities
     mask_speed: float = 75.0  #: how far Adam can move a width logit in a whole schedule: its learning rate times the steps
     ramp: float = 0.15  #: share of the schedule over which what is allowed falls from the whole network to the budget
-    freeze: float = 0.25  #: share of the schedule after which widths stand still, exactly on budget
-    merge: float = 0.4  #: share of the schedule by which w has faded into m, from `freeze` on; then the hard network trains alone
+    freeze: float = 0.25  #: share of the schedule after which widths stand still, exactly on budget, and the hard network trains alone
+    floor: float = 0.5  #: share of what cutting all groups alike would leave it that a group keeps at least
     hears: tuple[str, ...] = ("task", "hard", "mask")  #: the terms whose gradient reaches u, beside R
-    teaches: bool = True  #: whether the hard network trains: G step 1
+    teaches: bool = True  #: whether the hard network trains before the freeze: G step 1
 
 
 #: From a trained network that teaches as well: a short search for the widths, then the small network alone.
-TRAINED = Settings(mask_speed=150.0, ramp=0.04, freeze=0.06, merge=0.06)
+TRAINED = Settings(mask_speed=150.0, ramp=0.04, freeze=0.06, floor=0.0)
 
 
 class S2H(HardMethod):
@@ -62,9 +61,10 @@ class S2H(HardMethod):
             self.soft = nn.SyncBatchNorm.convert_sync_batchnorm(self.soft)
         self.space = space
         self.budget = budget
-        self.settings, self.compile = settings, compile
+        self.settings = settings
         device = next(network.parameters()).device
-        self.masks = Masks(space, settings.temperature).to(device)
+        self.choices = floored(space, settings.floor, budget)
+        self.masks = Masks(self.choices, settings.temperature).to(device)
         self.weights = dict(network.named_parameters())
         self.operands = {**self.weights, **{name: self.soft.get_buffer(name) for name in space.gates}}  # what is gated and sliced
         self.importance = Importance(space, self.weights)
@@ -76,42 +76,37 @@ class S2H(HardMethod):
         self.allowed = budget.on_the_way(0.0)  # at this step
         self.ranks = self.importance.ranks()
         self.frozen = False
-        self.ladder = torch.ones(space.size, device=device)  # w at the freeze
-        self.faded = 0.0  # of the way from there to m
 
     # -- the interface of methods ---------------------------------------------------------------------------------
 
     def start_step(self, progress: float) -> None:
-        """Moves the hard network to the current masks, freezes the widths, fades the gates, or lets the hard network go on alone, when
-        their time has come."""
+        """Moves the hard network to the current masks, or freezes it on budget when its time has come."""
         self.mask_optimizer.param_groups[0]["lr"] = self.settings.mask_speed * (progress - self.progress)
         self.progress = progress
-        if not self.frozen:
-            self.allowed = self.budget.on_the_way(min(1.0, progress / self.settings.ramp))
-            if progress >= self.settings.freeze:
-                self._freeze()
-            else:
-                self.ranks = self.importance.ranks()
-                widths = self.masks.hard_widths().detach().cpu().numpy().astype(int)
-                self.hard.follow(plan_of_ranks(self.space, widths, self.ranks))
         if self.frozen:
-            left = self.settings.merge - self.settings.freeze
-            self.faded = min(1.0, (progress - self.settings.freeze) / left) if left > 0 else 1.0
+            return
+        self.allowed = self.budget.on_the_way(min(1.0, progress / self.settings.ramp))
+        if progress >= self.settings.freeze:
+            self._freeze()
+        else:
+            self.ranks = self.importance.ranks()
+            widths = self.masks.hard_widths().detach().cpu().numpy().astype(int)
+            self.hard.follow(plan_of_ranks(self.space, widths, self.ranks))
 
     @property
-    def merged(self) -> bool:
-        """Whether soft and hard network are one."""
-        return self.faded == 1.0
+    def alone(self) -> bool:
+        """Whether the hard network is all that is left: from the freeze on, but where that is the end."""
+        return self.frozen and self.settings.freeze < 1.0
 
     @property
     def passes(self) -> list[Callable[..., dict[str, torch.Tensor]]]:
         """The soft network's, then the hard one's: never are the activations of both in memory."""
-        if self.merged:
-            return [self.merged_terms]
+        if self.alone:
+            return [self.task_terms]
         return [self.soft_terms, self.hard_terms][:1 + self.settings.teaches]
 
     def soft_terms(self, images: torch.Tensor, targets: torch.Tensor, criterion: Callable) -> dict[str, torch.Tensor]:
-        """L ("task"), and before the freeze G step 2 ("mask") and R ("budget").
+        """L ("task"), G step 2 ("mask") and R ("budget").
 
         Args:
             images: (N, C, H, W).
@@ -120,23 +115,16 @@ class S2H(HardMethod):
         soft = self.run_soft(self.soft_parameters(), images)
         self.soft_logits = soft.detach()
         terms = {"task": criterion(soft, targets)}
-        if not self.frozen:
-            if "mask" in self.settings.hears:
-                with torch.no_grad():
-                    hard = self.hard.run(self.hard_parameters(), images)
-                terms["mask"] = self.settings.alpha * divergence(soft, hard)
-            terms["budget"] = self.settings.beta * self.allowed.excess(self.space, self.masks.hard_widths()) ** 2
-        return terms
+        if "mask" in self.settings.hears:
+            with torch.no_grad():
+                hard = self.hard.run(self.hard_parameters(), images)
+            terms["mask"] = self.settings.alpha * divergence(soft, hard)
+        return terms | {"budget": self.settings.beta * self.allowed.excess(self.space, self.masks.hard_widths()) ** 2}
 
     def hard_terms(self, images: torch.Tensor, targets: torch.Tensor, criterion: Callable) -> dict[str, torch.Tensor]:
         """G step 1 ("hard"), against the logits of the soft pass. Arguments as of `soft_terms`."""
-        hears = not self.frozen and "hard" in self.settings.hears
-        hard = self.hard.run(self.hard_parameters(self.gates_now() if hears else None), images)
+        hard = self.hard.run(self.hard_parameters(self.gates_now() if "hard" in self.settings.hears else None), images)
         return {"hard": self.settings.alpha * divergence(self.soft_logits, hard)}
-
-    def merged_terms(self, images: torch.Tensor, targets: torch.Tensor, criterion: Callable) -> dict[str, torch.Tensor]:
-        """The task's loss of the network that both have become ("task"). Arguments as of `soft_terms`."""
-        return {"task": criterion(self.hard.run(self.hard_parameters(), images), targets)}
 
     def backward(self, terms: dict[str, torch.Tensor]) -> None:
         """Accumulates the gradients of the terms of a pass."""
@@ -154,33 +142,30 @@ class S2H(HardMethod):
         return [] if self.frozen else [self.mask_optimizer]
 
     def expected_widths(self) -> np.ndarray:
-        """E of each group, (groups,); after the freeze the widths themselves."""
-        return self.plan.widths if self.frozen else self.masks.expected_widths().detach().cpu().numpy()
+        """E of each group, (groups,); the widths themselves once the hard network is alone."""
+        return super().expected_widths() if self.alone else self.masks.expected_widths().detach().cpu().numpy()
 
     def gates_now(self) -> torch.Tensor:
-        """w of each atom, (atoms,); after the freeze, on its way to m."""
-        if not self.frozen:
-            return self.masks.keep_probability(self.ranks)
-        return torch.lerp(self.ladder, torch.from_numpy(self.plan.keep).to(self.ladder), self.faded)
+        """w of each atom, (atoms,); the kept ones once the hard network is alone."""
+        return super().gates_now() if self.alone else self.masks.keep_probability(self.ranks)
 
     def networks(self) -> dict[str, nn.Module]:
-        soft = {} if self.merged else {"soft": Forward(self.soft, self.soft_parameters)}
-        return {**soft, "hard": self.hard.evaluated()}
+        soft = {} if self.alone else {"soft": Forward(self.soft, self.soft_parameters)}
+        return soft | super().networks()
 
     def state_dict(self) -> dict:
         """All that a later `load_state_dict` needs, beside the network, to go on bit for bit: tensors and plain data."""
-        return {"masks": self.masks.state_dict(), "ladder": self.ladder, "mask_optimizer": self.mask_optimizer.state_dict(),
-                "progress": self.progress, "frozen": self.frozen, "faded": self.faded, "ranks": self.ranks, "hard": self.hard.state_dict()}
+        return {"masks": self.masks.state_dict(), "mask_optimizer": self.mask_optimizer.state_dict(),
+                "progress": self.progress, "frozen": self.frozen, "ranks": self.ranks, "hard": self.hard.state_dict()}
 
     def load_state_dict(self, state: dict) -> None:
         self.masks.load_state_dict(state["masks"])
         self.mask_optimizer.load_state_dict(state["mask_optimizer"])
-        self.progress, self.frozen, self.faded = state["progress"], state["frozen"], state["faded"]
+        self.progress, self.frozen = state["progress"], state["frozen"]
         self.ranks.copy_(state["ranks"])
-        self.ladder.copy_(state["ladder"])
         self.hard.load_state_dict(state["hard"])
         if self.frozen:
-            self._stand_still()
+            self.hard.stand_still()
 
     # -- the method -----------------------------------------------------------------------------------------------
 
@@ -198,20 +183,12 @@ class S2H(HardMethod):
                 out[name] = gated(out[name], dim, estimator, parts if kept is None else parts[kept])
         return out
 
-    @torch.no_grad()
     def _freeze(self) -> None:
         self.ranks = self.importance.ranks()
-        ladder = self.masks.ladder().cpu().numpy()
-        widths = fit_budget(self.space, list(ladder), self.budget)
-        self.ladder.copy_(self.masks.keep_probability(self.ranks))
+        widths = fit_budget(self.choices, list(self.masks.ladder().detach().cpu().numpy()), self.budget)
         self.hard.follow(plan_of_ranks(self.space, widths, self.ranks))
-        self.frozen = True
-        self._stand_still()
-
-    def _stand_still(self) -> None:
         self.hard.stand_still()
-        if self.compile:
-            self.run_soft = torch.compile(self.run_soft)
+        self.frozen = True
 
 
 def divergence(p: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
@@ -220,4 +197,4 @@ def divergence(p: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
 
 
 #: Differentiable masks alone: nothing distils, and the network is cut at the end. The baseline that has the gap.
-DMP = partial(S2H, settings=Settings(hears=("task",), teaches=False, freeze=1.0, merge=math.inf))
+DMP = partial(S2H, settings=Settings(hears=("task",), teaches=False, freeze=1.0, floor=0.0))

@@ -108,7 +108,7 @@ def single(run: Run) -> tuple[str, dict[str, figures.Figure]]:
 
     if run.rows and run.rows[0]["epoch"] > 0:
         chart("training", "Training", "Accuracy of the soft and of the hard network on the validation images, what lies between them, and the share of the MACs that the "
-              "hard network has, after each epoch. Where the soft network ends the two have become one.", figures.training(run.rows, plan["budget"].get("flops")))
+              "hard network has, after each epoch. Where the soft network ends the hard one trains on alone.", figures.training(run.rows, plan["budget"].get("flops")))
     chart("channels", "Channels that each layer keeps", "In front of those it had. Layers of one colour stay or go together: a residual stream.",
           figures.channels(plan["layers"], plan["groups"]))
     chart("costs", "Cost of each layer", "MACs after, in front of those before.", figures.costs(plan["layers"]))
