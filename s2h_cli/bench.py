@@ -52,9 +52,9 @@ def bench(items: list[str], *, formats: list[str], batches: list[int], img_size:
     rows = latency.compare(list(subjects.values()), formats, batches, where, threads, seconds, told)
     if not rows:
         raise UserError(f"{', '.join(items)}: nothing of it can be timed in {', '.join(formats)}; choose the --format of the file, or give a run")
-    pairs = [pair for pair in pairs if medians(pair, rows)]  # of the others the rows say why
+    pairs = [pair for pair in pairs if times(pair, rows)]  # of the others the rows say why
     for pair in pairs:
-        batch = max(batch for _, batch in medians(pair, rows))
+        batch = max(batch for _, batch in times(pair, rows))
         both = [subjects[pair[which]] for which in ("before", "after")]
         before, after = (latency.by_kind(subject.network, batch, where, threads) for subject in both)
         pair["kinds"] = {kind: [before.get(kind, 0.0), after.get(kind, 0.0)] for kind in latency.KINDS if kind in before | after}
@@ -120,16 +120,16 @@ def whole_network(plan: dict[str, Any]) -> fx.GraphModule:
     return capture(source.module, source.input_size).network
 
 
-def medians(pair: dict[str, Any], rows: list[dict[str, Any]]) -> dict[tuple[str, int], tuple[float, float]]:
-    """Seconds before and after, by format and batch, where both were timed."""
-    median = {(row["format"], row["batch"], row["network"]): row["timing"]["median"] for row in rows if "timing" in row}
-    return {(format, batch): (median[format, batch, pair["before"]], after) for (format, batch, name), after in median.items()
-            if name == pair["after"] and (format, batch, pair["before"]) in median}
+def times(pair: dict[str, Any], rows: list[dict[str, Any]], which: str = "median") -> dict[tuple[str, int], tuple[float, float]]:
+    """Seconds before and after, by format and batch, where both were timed: a field of `latency.Timing`."""
+    found = {(row["format"], row["batch"], row["network"]): row["timing"][which] for row in rows if "timing" in row}
+    return {(format, batch): (found[format, batch, pair["before"]], after) for (format, batch, name), after in found.items()
+            if name == pair["after"] and (format, batch, pair["before"]) in found}
 
 
 def shares(pair: dict[str, Any], rows: list[dict[str, Any]]) -> dict[tuple[str, int], float]:
-    """Time after / time before, by format and batch."""
-    return {where: after / before for where, (before, after) in medians(pair, rows).items()}
+    """Time after / time before, the least of each, by format and batch."""
+    return {where: after / before for where, (before, after) in times(pair, rows, "least").items()}
 
 
 def rows_with_shares(found: dict[str, Any]) -> list[tuple[dict[str, Any], float | None]]:

@@ -37,17 +37,18 @@ LEAST_BLOCKS = 7
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds a call: the median over blocks, and the quartiles."""
+    """Seconds a call, over blocks: the median, the quartiles, and the least, which is what it takes when nothing else on the machine hinders it."""
 
     median: float
     low: float
     high: float
+    least: float
     blocks: int
 
     @classmethod
     def of(cls, blocks: list[float]) -> Timing:
         low, median, high = statistics.quantiles(blocks, n=4)
-        return cls(median, low, high, len(blocks))
+        return cls(median, low, high, min(blocks), len(blocks))
 
 
 def interleaved(calls: dict[str, Call], seconds: float, threads: int) -> dict[str, list[float]]:
@@ -203,7 +204,7 @@ def compare(subjects: list[Subject], formats: list[str], batches: list[int], dev
 
     Returns:
         A row, plain data, for each format, batch and network that offers the format: {format, batch, network, timing, share}, a `Timing` as
-        dict and the share of the first network's time (median over pairs of blocks), or {format, batch, network, failed}, the reason in one line.
+        dict and the share of the first network's time (least of each: what hinders both hinders them unequally, for minutes on end), or {format, batch, network, failed}, the reason in one line.
     """
     rows = []
     with tempfile.TemporaryDirectory() as aside, torch.inference_mode(), exports.quiet(), _threads(threads):
@@ -223,17 +224,12 @@ def compare(subjects: list[Subject], formats: list[str], batches: list[int], dev
                         calls.pop(subject.name, None)
                         failed[subject.name] = str(error) if isinstance(error, UserError) else why(error)
                 timed = interleaved(calls, seconds, threads) if calls else {}
-                found = {name: {"timing": asdict(Timing.of(blocks)), "share": _paired(blocks, timed[first])} for name, blocks in timed.items()
-                         for first in list(timed)[:1]}
+                found = {name: {"timing": asdict(Timing.of(blocks)), "share": min(blocks) / min(first)} for name, blocks in timed.items()
+                         for first in list(timed.values())[:1]}
                 found |= {name: {"failed": reason} for name, reason in failed.items()}
                 rows += [{"format": format, "batch": batch, "network": s.name, **found[s.name]} for s in subjects if s.name in found]
                 torch._dynamo.reset()
     return rows
-
-
-def _paired(blocks: list[float], first: list[float]) -> float:
-    """How long a network takes, as a share of the first one: the median over blocks that were timed one after the other."""
-    return statistics.median(own / others for own, others in zip(blocks, first))
 
 
 @contextmanager

@@ -11,6 +11,7 @@ network that it found against the whole one, and tries again until the two agree
 
 from __future__ import annotations
 
+import math
 import statistics
 from dataclasses import asdict, dataclass
 
@@ -28,9 +29,9 @@ from .rebuild import rebuild
 
 #: Networks of random widths that are measured, beside the whole one; and rounds of each, operator by operator.
 NETWORKS, ROUNDS = 15, 7
-#: Timing a network against the whole one: seconds of a look, which has copies of both that lie elsewhere in memory, and how many there are. One look
-#: scatters by 4 % on a quiet machine, by 10 % on a busy one, and those of ten seconds err alike: their scatter does not say when there are enough.
-SECONDS, LOOKS = 1.0, 40
+#: Timing a network against the whole one: seconds of a look, which has copies of both that lie elsewhere in memory, and how many there are. On a machine
+#: that others use too, medians drift by 10 % within minutes, and not alike for both; the least times do not.
+SECONDS, LOOKS = 1.0, 20
 #: After how many looks a network counts that is off what is aimed at by so much, as a share.
 FIRST, FAR = 5, 0.1
 #: The divisors that `--divisor auto` tries, and how much slower than the best a smaller one may be.
@@ -38,6 +39,10 @@ DIVISORS, PAYS = (4, 8, 16, 32), 0.03
 #: Of coordinate descent.
 SWEEPS = 2000
 NANO = 1e9
+
+
+#: The least seconds of the whole network and of a small one, of each look.
+Looks = list[tuple[float, float]]
 
 
 @dataclass(frozen=True)
@@ -48,8 +53,8 @@ class Where:
     batch: int
     device: torch.device
 
-    def times(self, networks: dict[str, fx.GraphModule], seconds: float) -> dict[str, tuple[float, float]]:
-        """Seconds of one batch of each network, and the share of the first one's.
+    def times(self, networks: dict[str, fx.GraphModule], seconds: float) -> dict[str, latency.Timing]:
+        """Of one batch of each network.
 
         Raises:
             UserError: one cannot be run there.
@@ -60,22 +65,28 @@ class Where:
         for row in rows:
             if "failed" in row:
                 raise UserError(f"--latency cannot be measured in {self.format} ({row['failed']}); choose another --latency-format")
-        return {row["network"]: (row["timing"]["median"], row["share"]) for row in rows}
+        return {row["network"]: latency.Timing(**row["timing"]) for row in rows}
 
-    def looks(self, whole: fx.GraphModule, small: fx.GraphModule, aim: float | None = None) -> list[float]:
-        """Latency of `small` as a share of that of `whole`, measured in pairs, `LOOKS` times, or `FIRST` times where that is `FAR` from what
-        is aimed at. In all processes what the first one measured."""
-        found: list[float] = []
+    def looks(self, whole: fx.GraphModule, small: fx.GraphModule, aim: float | None = None) -> Looks:
+        """The least seconds of both in turn, `LOOKS` times, or `FIRST` times where that is `FAR` from the share that is aimed at. In all
+        processes what the first one measured."""
+        found: Looks = []
         if distributed.RANK == 0:
-            while len(found) < FIRST or len(found) < LOOKS and not (aim and abs(statistics.median(found) / aim - 1) > FAR):
-                found.append(self.times({"whole": whole, "small": small}, SECONDS)["small"][1])
+            while len(found) < FIRST or len(found) < LOOKS and not (aim and abs(share(found) / aim - 1) > FAR):
+                times = self.times({"whole": whole, "small": small}, SECONDS)
+                found.append((times["whole"].least, times["small"].least))
         return distributed.from_first(found)
 
 
-def error(looks: list[float]) -> float:
-    """The standard error of a mean of looks, of which neighbours err alike: that of the means of stretches of `FIRST`."""
-    stretches = [statistics.mean(looks[i:i + FIRST]) for i in range(0, len(looks), FIRST)]
-    return statistics.stdev(stretches) / len(stretches) ** 0.5
+def share(looks: Looks) -> float:
+    """The time of the small network as a share of the whole one's, the least of each."""
+    return min(small for _, small in looks) / min(whole for whole, _ in looks)
+
+
+def error(looks: Looks) -> float:
+    """The standard error of the mean of the shares of stretches of `FIRST` looks; NaN where there is but one."""
+    shares = [share(looks[i:i + FIRST]) for i in range(0, len(looks), FIRST)]
+    return statistics.stdev(shares) / len(shares) ** 0.5 if len(shares) > 1 else math.nan
 
 
 @dataclass(frozen=True)
@@ -111,9 +122,11 @@ def add_latency(network: fx.GraphModule, space: Space, where: Where, known: Tabl
     table = known or Table(**distributed.from_first(asdict(measure(network, space, where)) if distributed.RANK == 0 else None))
     space.costs["latency"] = table.cost(network, space)
 
-    def clock(widths: np.ndarray, aim: float | None = None) -> list[float]:
-        """Latency at these widths as a share of the whole network's, measured several times; fewer where it is far from what is aimed at."""
-        return where.looks(network, rebuild(network, Plan.from_widths(space, widths, np.zeros(space.size))), aim)
+    def clock(widths: np.ndarray, aim: float | None = None) -> tuple[float, float]:
+        """Latency at these widths as a share of the whole network's, measured, and its standard error; roughly where it is far from what is
+        aimed at."""
+        looks = where.looks(network, rebuild(network, Plan.from_widths(space, widths, np.zeros(space.size))), aim)
+        return share(looks), error(looks)
 
     space.clock = clock
     return table
@@ -137,7 +150,7 @@ def best_divisor(network: fx.GraphModule, spaces: dict[int, Space], budget: Budg
             networks[str(divisor)] = rebuild(network, Plan.from_widths(space, widths, np.zeros(space.size)))
             macs[divisor] = space.ratio(widths)
         times = where.times(networks, 2 * SECONDS * len(networks))
-        found = {divisor: times[str(divisor)][1] / macs[divisor] for divisor in spaces}
+        found = {divisor: times[str(divisor)].least / times["whole"].least / macs[divisor] for divisor in spaces}
     found = distributed.from_first(found)
     return min(divisor for divisor, time in found.items() if time <= min(found.values()) * (1 + PAYS)), found
 
@@ -158,7 +171,7 @@ def measure(network: fx.GraphModule, space: Space, where: Where) -> Table:
     coefficients = np.array([_nonnegative(x[:, i], alone[:, i]) for i in range(len(nodes))])
 
     together = where.times(networks, SECONDS * len(networks))
-    seconds = np.array([share for _, share in together.values()]) * together["0"][0]
+    seconds = np.array([timing.least for timing in together.values()]) * together["0"].median / together["0"].least
     # What each feature of each kind of operator takes in the format.
     kinds = np.array([latency.kind_of(network, node) for node in network.graph.nodes if node.name in features])
     parts = [(kind, f) for kind in dict.fromkeys(kinds.tolist()) for f in range(x.shape[2])]

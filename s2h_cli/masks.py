@@ -13,7 +13,6 @@ Ranks order a group's atoms by importance, the norm of the weights that write an
 from __future__ import annotations
 
 import math
-import statistics
 from dataclasses import replace
 
 import numpy as np
@@ -171,7 +170,7 @@ def fit_budget(space: Space, value: list[np.ndarray], budget: Budget) -> np.ndar
         widths = _fitted(space, value, replace(budget, latency=allowed))
         if tried and np.array_equal(widths, tried[-1][2]):  # another limit, or the step of a width, allows no other
             break
-        share = statistics.median(space.clock(widths, budget.latency)) / budget.latency
+        share = space.clock(widths, budget.latency)[0] / budget.latency
         if tried and share != tried[-1][1]:
             slope = min(4.0, max(0.25, math.log(share / tried[-1][1]) / math.log(allowed / tried[-1][0])))
         tried.append((allowed, share, widths))

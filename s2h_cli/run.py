@@ -6,7 +6,6 @@ import copy
 import csv
 import itertools
 import json
-import statistics
 import sys
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, replace
@@ -345,8 +344,7 @@ def finish(config: Config, budget: Budget, folder: Path, ending: str, job: Job, 
         timed = bench.pair(config.model, part.network, str(folder), small, facts["macs"]["ratio"],
                            lookup.Where(config.latency_format, config.latency_batch, job.device), lookup.SECONDS if job.latency else 0)
         if job.latency:  # as it was measured when the widths were chosen
-            looks = part.plan.space.clock(part.plan.widths)
-            timed["pairs"][0] |= {"share": statistics.median(looks), "error": lookup.error(looks)}
+            timed["pairs"][0]["share"], timed["pairs"][0]["error"] = part.plan.space.clock(part.plan.widths)
         bench.keep(folder, timed)
         page.write_report(folder)
         write_handout(folder, config.data, config.method, config.command())

@@ -36,14 +36,17 @@ def node_seconds(network, batch, *_):
     return found
 
 
+def always(seconds):
+    return latency.Timing(seconds, seconds, seconds, seconds, blocks=7)
+
+
 @pytest.fixture
 def formula(monkeypatch):
     """Makes `times` follow the formula, bent by a power that no table knows of."""
     bend = {"power": 1.0}
 
     def times(self, networks, seconds):
-        found = {name: sum(node_seconds(network, self.batch).values()) ** bend["power"] for name, network in networks.items()}
-        return {name: (value, value / next(iter(found.values()))) for name, value in found.items()}
+        return {name: always(sum(node_seconds(network, self.batch).values()) ** bend["power"]) for name, network in networks.items()}
 
     monkeypatch.setattr(latency, "by_node", node_seconds)
     monkeypatch.setattr(lookup.Where, "times", times)
@@ -89,14 +92,15 @@ def test_the_clock_has_the_last_word(space, formula, power, target):
 
 @pytest.mark.parametrize("aim, count", [(None, lookup.LOOKS), (0.5, lookup.LOOKS), (0.3, lookup.FIRST)])
 def test_a_network_that_is_far_off_is_looked_at_less_often(monkeypatch, aim, count):
-    monkeypatch.setattr(lookup.Where, "times", lambda *args: {"small": (1.0, 0.5)})
-    assert lookup.Where("eager", 1, torch.device("cpu")).looks(None, None, aim) == [0.5] * count
+    monkeypatch.setattr(lookup.Where, "times", lambda *args: {"whole": always(2.0), "small": always(1.0)})
+    assert lookup.Where("eager", 1, torch.device("cpu")).looks(None, None, aim) == [(2.0, 1.0)] * count
 
 
-def test_the_error_of_looks_that_drift_is_not_that_of_looks_in_any_order():
-    drifting = [0.5 + 0.001 * i for i in range(lookup.LOOKS)]
-    mixed = np.random.default_rng(0).permutation(drifting).tolist()
-    assert lookup.error(drifting) > 1.5 * lookup.error(mixed) > 0
+def test_what_hinders_some_looks_does_not_move_the_share():
+    quiet = [(2.0, 1.0)] * lookup.LOOKS
+    hindered = [(whole * (1.3 if i < lookup.LOOKS * 0.7 else 1.0), small) for i, (whole, small) in enumerate(quiet)]
+    assert lookup.share(quiet) == lookup.share(hindered) == 0.5
+    assert lookup.error(quiet) == 0 < lookup.error(hindered)
 
 
 def test_coefficients_are_fitted_and_never_negative():
@@ -154,7 +158,7 @@ def test_the_least_divisor_that_pays_is_taken(here, monkeypatch, capsys, penalty
 
     def times(self, networks, seconds):
         macs = {name: sum(count_macs(network, (3, 16, 16)).values()) for name, network in networks.items()}
-        return {name: (n, n / macs["whole"] * (1 + penalty.get(int(name) if name.isdigit() else 0, 0.0))) for name, n in macs.items()}
+        return {name: always(n * (1 + penalty.get(int(name) if name.isdigit() else 0, 0.0))) for name, n in macs.items()}
 
     monkeypatch.setattr(lookup.Where, "times", times)
     monkeypatch.setattr(exports, "EXPORTS", {})

@@ -159,7 +159,7 @@ def _pair(run: Run) -> tuple[dict[str, Any], str] | None:
     """Seconds of a batch before and after, and where: in the format and batch of the run's `--latency`, else the first in which both were timed."""
     if run.latency is None:
         return None
-    found = bench.medians(run.latency["pairs"][0], run.latency["rows"])
+    found = bench.times(run.latency["pairs"][0], run.latency["rows"])
     if not found:
         return None
     format, batch = run.limited if run.limited in found else next(iter(found))
@@ -185,7 +185,7 @@ def _latencies(run: Run) -> str:
                      f"{timing['low'] * 1e3:.3g} to {timing['high'] * 1e3:.3g}", "" if share is None else f"{share:.2f}"])
     reasons = "".join(f"<p>{_safe(reason)}</p>" for reason in run.latency["pairs"][0]["reasons"])
     return (f"<h2>Latency</h2><p>On {_safe(run.latency['place'])}. Measure more, on any machine: s2h bench {_safe(run.folder)}</p>"
-            + _table(["format", ">batch", "network", ">ms, median", ">quartiles", ">share of the time"], rows) + reasons)
+            + _table(["format", ">batch", "network", ">ms, median", ">quartiles", ">share of the least time"], rows) + reasons)
 
 
 def _frozen(plan: dict[str, Any]) -> str:

@@ -9,7 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from .. import CONVENTION
-from ..bench import medians, rows_with_shares, shares
+from ..bench import rows_with_shares, shares, times
 from ..zoo import Known, passes
 
 #: The least width of a table.
@@ -130,7 +130,7 @@ def latencies(found: dict[str, Any]) -> Group:
         table.add_row(row["format"], str(row["batch"]), row["network"], f"{timing['median'] * 1e3:.3g}",
                       f"±{(timing['high'] - timing['low']) / 2 / timing['median']:.1%}", f"{row['batch'] / timing['median']:.0f}",
                       "" if share is None else f"{share:.2f}")
-    table.caption = "ms: median of a batch; spread: half the distance of the quartiles; time: share of the whole network's"
+    table.caption = "ms: median of a batch; spread: half the distance of the quartiles; time: share of the\nwhole network's, the least of each, which hindrance by others does not move"
     if any((timing["high"] - timing["low"]) / 2 > RELIABLE * timing["median"] for row in found["rows"] if (timing := row.get("timing"))):
         table.caption += "\nThe spread is large: something else uses this machine. Run it again when it is quiet."
     table.caption_justify = "left"
@@ -164,9 +164,10 @@ def closing(result: dict[str, Any]) -> Table:
     table.add_row("parameters", quantity(params["full"]), quantity(params["pruned"]), _ratio(facts, "params"))
     table.add_row("model.safetensors", f"{result['bytes_before'] / 1e6:.2f} MB", f"{result['bytes_after'] / 1e6:.2f} MB", "")
     pair = result["latency"]["pairs"][0]
-    for (format, batch), (before, after) in medians(pair, result["latency"]["rows"]).items():
+    ratio = shares(pair, result["latency"]["rows"])
+    for (format, batch), (before, after) in times(pair, result["latency"]["rows"]).items():
         target = facts["budget"].get("latency")
-        asked = f"ratio {pair['share']:.4f} ± {pair['error']:.4f}, target {target:.4g}" if target else f"{after / before:.2f} of the time (s2h bench)"
+        asked = f"ratio {pair['share']:.4f} ± {pair['error']:.4f}, target {target:.4g}" if target else f"{ratio[format, batch]:.2f} of the time (s2h bench)"
         table.add_row(f"latency, batch {batch}, {format}", f"{before * 1e3:.3g} ms", f"{after * 1e3:.3g} ms", asked)
     for name, found in result["files"].items():
         table.add_row(name, "", f"{found['difference']:.1e}", "largest difference, relative")
