@@ -130,9 +130,9 @@ def latencies(found: dict[str, Any]) -> Group:
         table.add_row(row["format"], str(row["batch"]), row["network"], f"{timing['median'] * 1e3:.3g}",
                       f"±{(timing['high'] - timing['low']) / 2 / timing['median']:.1%}", f"{row['batch'] / timing['median']:.0f}",
                       "" if share is None else f"{share:.2f}")
-    table.caption = "ms: median of a batch; spread: half the distance of the quartiles; time: share of the\nwhole network's, the least of each, which hindrance by others does not move"
+    table.caption = "ms: median of a batch; spread: half the distance of the quartiles\ntime: the least, as a share of the whole network's least"
     if any((timing["high"] - timing["low"]) / 2 > RELIABLE * timing["median"] for row in found["rows"] if (timing := row.get("timing"))):
-        table.caption += "\nThe spread is large: something else uses this machine. Run it again when it is quiet."
+        table.caption += "\nThe spread is large: others use this machine; run it again when it is quiet."
     table.caption_justify = "left"
     parts: list[Any] = [table]
     for pair in found["pairs"]:
