@@ -171,6 +171,8 @@ def fit_budget(space: Space, value: list[np.ndarray], budget: Budget) -> np.ndar
         if tried and np.array_equal(widths, tried[-1][2]):  # another limit, or the step of a width, allows no other
             break
         share = space.clock(widths, budget.latency)[0] / budget.latency
+        if NEAR[0] <= share <= NEAR[1]:  # of many readings one is near by chance
+            share = (share + space.clock(widths, budget.latency)[0] / budget.latency) / 2
         if tried and share != tried[-1][1]:
             slope = min(4.0, max(0.25, math.log(share / tried[-1][1]) / math.log(allowed / tried[-1][0])))
         tried.append((allowed, share, widths))
