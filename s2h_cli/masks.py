@@ -150,7 +150,8 @@ def fit_budget(space: Space, value: list[np.ndarray], budget: Budget) -> np.ndar
     """Widths that meet a budget exactly: it holds, and would not if any group were one step wider.
 
     Starts at the smallest widths and takes the most valuable step that still fits, until none fits. Latency is what the space's clock
-    says: what the model of it is allowed is changed until the network that is found takes the time asked for, within `NEAR`.
+    says: what the model of it is allowed is changed until the network that is found takes the time asked for, within `NEAR`,
+    in the mean of two readings.
 
     Args:
         value: for each group, for each candidate width, what the step up to it is worth; falling along a group.
@@ -164,15 +165,19 @@ def fit_budget(space: Space, value: list[np.ndarray], budget: Budget) -> np.ndar
     budget.check(space)
     if budget.latency is None:
         return _fitted(space, value, budget)
+
+    def reading(widths: np.ndarray) -> float:
+        return space.clock(widths, budget.latency)[0] / budget.latency
+
     allowed, slope = budget.latency, 1.0  # slope: how the clock follows what is allowed, in logarithms
     tried: list[tuple[float, float, np.ndarray]] = []
     for _ in range(TRIES):
         widths = _fitted(space, value, replace(budget, latency=allowed))
         if tried and np.array_equal(widths, tried[-1][2]):  # another limit, or the step of a width, allows no other
             break
-        share = space.clock(widths, budget.latency)[0] / budget.latency
+        share = reading(widths)
         if NEAR[0] <= share <= NEAR[1]:  # of many readings one is near by chance
-            share = (share + space.clock(widths, budget.latency)[0] / budget.latency) / 2
+            share = (share + reading(widths)) / 2
         if tried and share != tried[-1][1]:
             slope = min(4.0, max(0.25, math.log(share / tried[-1][1]) / math.log(allowed / tried[-1][0])))
         tried.append((allowed, share, widths))
