@@ -30,9 +30,13 @@ from .program import Program
 
 Call = Callable[[], Any]
 
-#: A block of calls takes at least so long, so that the clock's own noise does not count.
+#: A block of calls takes at least so long, so that the clock's own noise does not count; and blocks of each network, at least.
 BLOCK_SECONDS = 0.02
 LEAST_BLOCKS = 7
+#: Seconds of each network until all are made anew: where they lie in memory moves shares by a tenth, and they would lie there to the end.
+PLACED_SECONDS = 0.5
+#: Formats in which they are not made anew: a compiler would take minutes.
+STAY = ("compile",)
 
 
 @dataclass(frozen=True)
@@ -52,7 +56,7 @@ class Timing:
 
 
 def interleaved(calls: dict[str, Call], seconds: float, threads: int) -> dict[str, list[float]]:
-    """Times calls in turn, for about `seconds` in all, after a warm-up of each.
+    """Times calls in turn, for about `seconds` in all and at least once there and back, after a warm-up of each.
 
     Args:
         calls: what to time, by name.
@@ -65,11 +69,10 @@ def interleaved(calls: dict[str, Call], seconds: float, threads: int) -> dict[st
     once = {name: min(timer.timeit(2).mean for _ in range(2)) for name, timer in timers.items()}
     number = {name: max(1, math.ceil(BLOCK_SECONDS / each)) for name, each in once.items()}
     found: dict[str, list[float]] = {name: [] for name in timers}
-    order, ends = list(timers), time.perf_counter() + seconds
-    while time.perf_counter() < ends or any(len(found[name]) < LEAST_BLOCKS for name in timers):
-        for name in order:
+    ends = time.perf_counter() + seconds
+    while not any(found.values()) or time.perf_counter() < ends:
+        for name in [*timers, *reversed(timers)]:  # each is first as often as last
             found[name].append(timers[name].timeit(number[name]).mean)
-        order.reverse()  # each is first as often as last
     return found
 
 
@@ -212,24 +215,38 @@ def compare(subjects: list[Subject], formats: list[str], batches: list[int], dev
         for format in formats:
             for batch in batches:
                 told(f"{format}, batch {batch}")
-                calls, failed = {}, {}
-                for subject in subjects:
-                    if format not in subject.formats:
-                        continue
-                    try:
-                        subject.check(batch)
-                        calls[subject.name] = FORMATS[format](subject, torch.randn(batch, *subject.input_size, device=device), place)
-                        calls[subject.name]()
-                    except Exception as error:  # compilers and runtimes raise whatever they like
-                        calls.pop(subject.name, None)
-                        failed[subject.name] = str(error) if isinstance(error, UserError) else why(error)
-                timed = interleaved(calls, seconds, threads) if calls else {}
+                offered = [subject for subject in subjects if format in subject.formats]
+                timed, failed = _timed(offered, format, batch, place, seconds)
                 found = {name: {"timing": asdict(Timing.of(blocks)), "share": min(blocks) / min(first)} for name, blocks in timed.items()
                          for first in list(timed.values())[:1]}
                 found |= {name: {"failed": reason} for name, reason in failed.items()}
-                rows += [{"format": format, "batch": batch, "network": s.name, **found[s.name]} for s in subjects if s.name in found]
+                rows += [{"format": format, "batch": batch, "network": subject.name, **found[subject.name]} for subject in offered]
                 torch._dynamo.reset()
     return rows
+
+
+def _timed(subjects: list[Subject], format: str, batch: int, place: Place, seconds: float) -> tuple[dict[str, list[float]], dict[str, str]]:
+    """Seconds a call of each block of each network, which are made anew, elsewhere in memory, after `PLACED_SECONDS`; and why those that
+    cannot be run cannot."""
+    blocks: dict[str, list[float]] = defaultdict(list)
+    calls, failed = {}, {}
+    ends = time.perf_counter() + seconds
+    while not blocks or time.perf_counter() < ends or any(len(own) < LEAST_BLOCKS for own in blocks.values()):
+        for subject in subjects:
+            if subject.name in failed or subject.name in calls and format in STAY:
+                continue
+            try:
+                subject.check(batch)
+                calls[subject.name] = FORMATS[format](subject, torch.randn(batch, *subject.input_size, device=place.device), place)
+                calls[subject.name]()
+            except Exception as error:  # compilers and runtimes raise whatever they like
+                calls.pop(subject.name, None)
+                failed[subject.name] = str(error) if isinstance(error, UserError) else why(error)
+        if not calls:
+            break
+        for name, own in interleaved(calls, min(seconds, PLACED_SECONDS * len(calls)), place.threads).items():
+            blocks[name] += own
+    return blocks, failed
 
 
 @contextmanager

@@ -309,6 +309,14 @@ def test_from_a_network_that_teaches_too_the_search_is_shorter(here):
     assert soft == {"start": 8 * [False], "none": 2 * [True] + 6 * [False]}
 
 
+@pytest.mark.parametrize("options, ago", [((), 18), (("--method", "magnitude"), 24)])
+def test_the_optimizer_forgets_the_gradients_of_the_search(here, options, ago):
+    """24 steps, of which s2h searches in the first quarter."""
+    assert s2h(*PRUNE, "--epochs", "8", "-o", "run", *options) == 0
+    (file,) = (here / "run" / "checkpoints").iterdir()
+    assert {int(state["step"]) for state in checkpoint.load(file)["optimizer"]["state"].values()} == {ago}
+
+
 def test_a_start_without_trained_weights_teaches_no_one(here, capsys):
     assert s2h(*PRUNE[:1], "resnet10t", *PRUNE[2:], "--no-pretrained", "--teacher", "start", "--dry-run") == 2
     assert "no trained weights" in capsys.readouterr().err

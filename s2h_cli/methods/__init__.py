@@ -5,7 +5,9 @@ The training loop knows nothing of a method. It uses:
     method = Method(network, space, budget,            over a captured network; `network`'s parameters are what is trained
                     compile=, sync_bn=)                `compile`: networks go through torch.compile once their shapes stand still;
                                                        `sync_bn`: batch-norm statistics of all processes' images, while training
-    method.start_step(progress)                        before a batch, and at the end; progress through the schedule, 0 to 1
+    method.start_step(progress)                        before a batch, and at the end; progress through the schedule, 0 to 1. True where
+                                                       what trains is another network from here on: the optimizer forgets the gradients
+                                                       of the one before
     method.passes                                      what a step computes one after the other: functions of (images, targets,
                                                        criterion) that give {name: term of the loss}
     method.backward(terms)                             accumulates the gradients of a pass, before the next one starts

@@ -79,19 +79,20 @@ class S2H(HardMethod):
 
     # -- the interface of methods ---------------------------------------------------------------------------------
 
-    def start_step(self, progress: float) -> None:
+    def start_step(self, progress: float) -> bool:
         """Moves the hard network to the current masks, or freezes it on budget when its time has come."""
         self.mask_optimizer.param_groups[0]["lr"] = self.settings.mask_speed * (progress - self.progress)
         self.progress = progress
         if self.frozen:
-            return
+            return False
         self.allowed = self.budget.on_the_way(min(1.0, progress / self.settings.ramp))
         if progress >= self.settings.freeze:
             self._freeze()
-        else:
-            self.ranks = self.importance.ranks()
-            widths = self.masks.hard_widths().detach().cpu().numpy().astype(int)
-            self.hard.follow(plan_of_ranks(self.space, widths, self.ranks))
+            return self.alone
+        self.ranks = self.importance.ranks()
+        widths = self.masks.hard_widths().detach().cpu().numpy().astype(int)
+        self.hard.follow(plan_of_ranks(self.space, widths, self.ranks))
+        return False
 
     @property
     def alone(self) -> bool:

@@ -29,10 +29,9 @@ class Several:
         """The part whose turn it is."""
         return list(self.parts.values())[self.turn % len(self.parts)]
 
-    def start_step(self, progress: float) -> None:
+    def start_step(self, progress: float) -> bool:
         self.turn += 1
-        for part in self.parts.values() if progress >= 1 else [self.now]:
-            part.start_step(progress)
+        return any([part.start_step(progress) for part in (self.parts.values() if progress >= 1 else [self.now])])
 
     @property
     def passes(self) -> list[Callable]:

@@ -70,7 +70,8 @@ class Training:
         seed_everything(self.recipe.seed, epoch * self.batches + position, distributed.RANK)
         if self.pending is None:
             self.pending = update
-            self.method.start_step(update / (self.recipe.epochs * self.updates))
+            if self.method.start_step(update / (self.recipe.epochs * self.updates)):
+                self.optimizer.state.clear()
             for optimizer in self.optimizers():
                 optimizer.zero_grad()
         last = position % accumulate == 0 or position == self.batches
