@@ -492,6 +492,28 @@ def test_float16_reaches_every_dtype_in_the_graph(smalls, tmp_path, name):
     assert not failed and not wrong and len(found) == 3
 
 
+class Rounds(nn.Sequential):
+    """Two classes, and a large number that takes the last places of float32 with it."""
+
+    def __init__(self, large):
+        super().__init__(nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2))
+        self.large = large
+
+    def forward(self, x):
+        return super().forward(x) + self.large - self.large
+
+
+@pytest.mark.parametrize("large, passes", [(0.0, False), (1e3, True)])
+def test_what_float32_does_to_the_network_itself_is_no_fault_of_a_file(monkeypatch, large, passes):
+    torch.manual_seed(0)
+    network = capture(Rounds(large), SIZE).network
+    off = 5 * exports.TOLERANCE if large else 1.1 * exports.TOLERANCE
+    monkeypatch.setattr(exports, "run_artifact", lambda path: lambda images: (logits := network(images)) + off * logits.abs().max())
+    with torch.no_grad():
+        found, wrong = exports.check(network, {"file": "file"}, SIZE)
+    assert (list(found), list(wrong)) == ((["file"], []) if passes else ([], ["file"]))
+
+
 def test_a_fixed_batch_and_a_wrong_file_take_the_place_of_nothing(result, capsys, monkeypatch):
     before = (result / "model.onnx").read_bytes()
     assert set(exported(capsys, "--format", "onnx", "--int8", "--batch", "5", "--data", "data")) == {"run/model-int8-b5.onnx"}
