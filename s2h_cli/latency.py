@@ -240,7 +240,8 @@ def _timed(subjects: list[Subject], format: str, batch: int, place: Place, secon
                 calls[subject.name] = FORMATS[format](subject, torch.randn(batch, *subject.input_size, device=place.device), place)
                 calls[subject.name]()
             except Exception as error:  # compilers and runtimes raise whatever they like
-                calls.pop(subject.name, None)
+                for kept in (calls, blocks):
+                    kept.pop(subject.name, None)
                 failed[subject.name] = str(error) if isinstance(error, UserError) else why(error)
         if not calls:
             break
