@@ -46,7 +46,7 @@ def prune(
                                             "0.15,0.35, give a result each from one run.")] = None,
     params: Annotated[Optional[float], setting("Share of the parameters that remains; with --flops, both hold.")] = None,
     latency: Annotated[Optional[str], setting("Share of the measured latency that remains, or milliseconds: 0.5, 4ms.")] = None,
-    latency_format: Annotated[Optional[str], setting("eager, torchscript, onnx or openvino: what --latency is measured in.", default=Config.latency_format)] = None,
+    latency_format: Annotated[Optional[str], setting("eager, torchscript, onnx, openvino, or compile, which takes long: what --latency is measured in.", default=Config.latency_format)] = None,
     latency_batch: Annotated[Optional[int], setting("Images in a batch that --latency is measured with.", min=1, default=Config.latency_batch)] = None,
     method: Annotated[Optional[str], setting("s2h, stp, epsd, dmp (masks alone); or a control: dense (cuts nothing: a network to start from), uniform, random, magnitude.",
                                              default=Config.method)] = None,
@@ -76,6 +76,7 @@ def prune(
     color_jitter: Annotated[Optional[float], setting("Colour jitter. [default: 0.4; up to 64 px: none]")] = None,
     reprob: Annotated[Optional[float], setting("Probability of random erasing.", default=Config.reprob)] = None,
     crop_min: Annotated[Optional[float], setting("Least share of the image that a random crop keeps. [default: 0.08; up to 64 px: 0.6]")] = None,
+    hflip: Annotated[Optional[float], setting("Probability that an image is mirrored. [default: 0.5; digits and MNIST: 0]")] = None,
     drop: Annotated[Optional[float], setting("Dropout rate, of timm's models.")] = None,
     drop_path: Annotated[Optional[float], setting("Rate of stochastic depth, of timm's models.")] = None,
     ema: Annotated[Optional[float], setting("Decay of a moving average of the weights, such as 0.9998; exported where it is better.")] = None,
@@ -123,6 +124,8 @@ def run_job(recipe: str | None, config: Path | None, resume: bool, dry_run: bool
 
     settings = {option.name for option in fields(Config)}
     given = {name: value for name, value in options.items() if name in settings and value not in (None, [], ())}
+    if resume and config is None and "output" in given and (earlier := Path(given["output"]) / "args.yaml").is_file():
+        config = earlier  # so that nothing need be said again
     console = tables.console(quiet=distributed_rank() > 0)
     results = run.prune(configure(given, recipe, config), console, resume=resume, dry_run=dry_run)
     for result in results:

@@ -42,6 +42,7 @@ class Recipe:
     color_jitter: float | None = None
     reprob: float = 0.0
     crop_min: float | None = None  #: least share of the image that a random crop keeps
+    hflip: float | None = None  #: probability that an image is mirrored
     drop: float | None = None
     drop_path: float | None = None
     ema: float | None = None  #: decay of a moving average of the weights, an update
@@ -109,12 +110,14 @@ class Config(Recipe):
 
 
 def configure(given: dict[str, Any], recipe: str | None = None, file: Path | None = None) -> Config:
-    """Settings by name: what was given, over those of an earlier run's `args.yaml`, over those of a recipe, over the defaults.
+    """Settings by name: what was given, over those of an earlier run's `args.yaml` or of a recipe, over the defaults.
 
     Raises:
-        UserError: there is no such recipe or file, it has an unknown setting or a value of a wrong type, or model, data or
+        UserError: both a recipe and a file are given, there is no such one, it has an unknown setting or a value of a wrong type, or model, data or
             budget are missing.
     """
+    if recipe and file:
+        raise UserError(f"--config {file} has every setting, so that --recipe {recipe} would change nothing; give one of them")
     settings = read_recipe(recipe) if recipe else {}
     if file is not None:
         # Where an earlier run wrote to is not asked for again.

@@ -244,7 +244,7 @@ def _open_digits(seed: int) -> Splits:
     try:
         from sklearn.datasets import load_digits
     except ImportError:
-        raise UserError("the digits need scikit-learn; install it with: pip install 's2h[demo]'") from None
+        raise UserError("the digits need scikit-learn; install it with: pip install scikit-learn") from None
     digits = load_digits()
     images = (digits.images * (255 / 16)).round().astype(np.uint8)  # (1797, 8, 8), from 0..16
     samples = [(Image.fromarray(image).convert("RGB"), int(target)) for image, target in zip(images, digits.target)]
@@ -409,7 +409,7 @@ def make_loader(
         train: Shuffle and augment.
         batch_size: Images per batch, of all processes together in training.
         workers: Processes that load images; 0 loads them in this one.
-        flip: Mirror half of the training images.
+        flip: Mirror half of the training images, where the recipe does not say how many.
         recipe: Says how training images are augmented.
         seed: Decides the order and the augmentation of each epoch.
         rank: This process among those that share the images.
@@ -435,7 +435,7 @@ def make_loader(
         input_size,
         is_training=train,
         scale=(least, 1.0) if least else None,
-        hflip=0.5 if flip else 0.0,
+        hflip=recipe.hflip if recipe.hflip is not None else 0.5 if flip else 0.0,
         color_jitter=jitter,
         auto_augment=recipe.aa,
         re_prob=recipe.reprob if train else 0.0,

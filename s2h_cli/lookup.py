@@ -34,6 +34,8 @@ NETWORKS, ROUNDS = 15, 7
 SECONDS, LOOKS = 1.0, 20
 #: After how many looks a network counts that is off what is aimed at by so much, as a share.
 FIRST, FAR = 5, 0.1
+#: How far above its limit a result may be measured in the end, as a share, without a word.
+OVER = 0.03
 #: The divisors that `--divisor auto` tries, and how much slower than the best a smaller one may be.
 DIVISORS, PAYS = (4, 8, 16, 32), 0.03
 #: Of coordinate descent.

@@ -344,7 +344,10 @@ def finish(config: Config, budget: Budget, folder: Path, ending: str, job: Job, 
         timed = bench.pair(config.model, part.network, str(folder), small, facts["macs"]["ratio"],
                            lookup.Where(config.latency_format, config.latency_batch, job.device), lookup.SECONDS if job.latency else 0)
         if job.latency:  # as it was measured when the widths were chosen
-            timed["pairs"][0]["share"], timed["pairs"][0]["error"] = part.plan.space.clock(part.plan.widths)
+            timed["pairs"][0]["share"], timed["pairs"][0]["error"] = share, _ = part.plan.space.clock(part.plan.widths)
+            if share > budget.latency * (1 + lookup.OVER):
+                console.print(f"note: it takes {share:.3f} of the whole network's time, more than the {budget.latency:.3g} that --latency allows; ask for less, on a "
+                              "machine that does nothing else", soft_wrap=True)
         bench.keep(folder, timed)
         page.write_report(folder)
         write_handout(folder, config.data, config.method, config.command())

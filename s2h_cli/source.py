@@ -116,7 +116,8 @@ def load_source(
     rates = {name: rate for name, rate in (("drop_rate", drop), ("drop_path_rate", drop_path)) if rate is not None}
     run = is_run(spec)
     if rates and (own or run or spec.startswith(TORCHVISION)):
-        raise UserError("--drop and --drop-path are for timm's models; " + (f"leave them away: '{spec}' is a run" if run else f"set the rates of '{spec}' where it is built"))
+        where = "" if run else f", and set the rates of '{spec}' where it is built"
+        raise UserError(f"--drop and --drop-path are for timm's models; leave them away, or take them out of the recipe{where}")
     if run:
         source = _from_run(spec, img_size)
     elif own:

@@ -30,12 +30,13 @@ def test_every_recipe_can_be_used(name):
     assert settings.seed == 3 and settings.epochs == yaml.safe_load(config.recipes()[name])["epochs"]
 
 
-def test_what_is_given_goes_before_an_earlier_run_and_that_before_a_recipe(tmp_path):
+def test_what_is_given_goes_before_an_earlier_run_or_a_recipe(tmp_path):
     earlier = configure(GIVEN | {"epochs": 7, "lr": 0.5, "output": "there"}, "vit")
     config.write(earlier, tmp_path)
-    settings = configure({"lr": 0.25}, "cifar", tmp_path / "args.yaml")
+    settings = configure({"lr": 0.25}, file=tmp_path / "args.yaml")
     assert settings == dataclasses.replace(earlier, lr=0.25, output=None)
     assert configure(GIVEN, "cifar").opt == "sgd" and configure(GIVEN).opt == Recipe.opt
+    assert "--recipe cifar would change nothing" in refusal(GIVEN, "cifar", tmp_path / "args.yaml")
 
 
 def test_a_recipe_of_ones_own(tmp_path):

@@ -108,7 +108,7 @@ def test_digits(monkeypatch):
         images, targets = next(iter(loader(splits.val, batch_size=16)))
     assert images.shape == (16, 3, 8, 8) and images.min() == -1 and images.max() == 1
     monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
-    assert "pip install 's2h[demo]'" in refusal(open_splits, "digits")
+    assert "pip install scikit-learn" in refusal(open_splits, "digits")
 
 
 @pytest.fixture
@@ -225,12 +225,13 @@ def test_flip(tmp_path):
         Image.fromarray(picture).save(tmp_path / name)
     dataset = open_splits(str(tmp_path)).train
 
-    def mirrored(flip):
-        batches = loader(dataset, train=True, flip=flip)
+    def mirrored(flip, **recipe):
+        batches = loader(dataset, train=True, flip=flip, recipe=Recipe(**recipe))
         images = torch.cat([images for _ in range(20) for images, _ in batches])
         return (images[..., 0] > images[..., -1]).any().item()
 
     assert mirrored(True) and not mirrored(False)
+    assert mirrored(False, hflip=0.9) and not mirrored(True, hflip=0.0)
 
 
 def test_images_become_what_the_model_takes(tmp_path):

@@ -31,7 +31,7 @@ def check(recipe: Recipe) -> None:
         value = getattr(recipe, name)
         if value is not None and not value > 0:
             raise UserError(f"{flag(name)} {value:g} must be positive; try {example:g}")
-    shares = {"weight_decay": 0.05, "smoothing": 0.1, "reprob": 0.25, "crop_min": 0.08, "drop": 0.1, "drop_path": 0.1, "ema": 0.9998}
+    shares = {"weight_decay": 0.05, "smoothing": 0.1, "reprob": 0.25, "crop_min": 0.08, "hflip": 0.5, "drop": 0.1, "drop_path": 0.1, "ema": 0.9998}
     for name, example in shares.items():
         value = getattr(recipe, name)
         if value is not None and not 0 <= value < 1:
@@ -73,7 +73,7 @@ def make_optimizer(network: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
         UserError: the layers of the model are in no order, so that their rates cannot decay.
     """
     if recipe.layer_decay and not hasattr(network, "group_matcher"):
-        raise UserError("--layer-decay needs a model that tells the order of its layers (group_matcher), as timm's do; leave it away")
+        raise UserError("--layer-decay needs a model that tells the order of its layers (group_matcher), as timm's do; leave it away, or take it out of the recipe")
     return create_optimizer_v2(network, opt=recipe.opt, lr=recipe.lr, weight_decay=recipe.weight_decay, momentum=recipe.momentum,
                                layer_decay=recipe.layer_decay)
 
