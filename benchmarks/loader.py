@@ -37,7 +37,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as made:
         folder = args.folder or make_images(Path(made))
         recipe = configure({"model": "", "data": folder, "flops": 0.5}, args.recipe) if args.recipe else Recipe()
-        images = open_splits(folder, val_fraction=0.1, seed=0).train
+        images = open_splits(folder).train
         print(f"{len(images)} images of '{args.folder or 'made JPEGs, 500 x 375'}', to {args.img_size} px, recipe {args.recipe}")
         for workers in args.workers:
             ours = make_loader(images, train=True, input_size=(3, args.img_size, args.img_size), mean=MEAN, std=STD, interpolation="bicubic",

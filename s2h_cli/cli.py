@@ -125,7 +125,7 @@ def run_job(recipe: str | None, config: Path | None, resume: bool, dry_run: bool
     settings = {option.name for option in fields(Config)}
     given = {name: value for name, value in options.items() if name in settings and value not in (None, [], ())}
     if resume and config is None and "output" in given and (earlier := Path(given["output"]) / "args.yaml").is_file():
-        config = earlier  # so that nothing need be said again
+        config, recipe = earlier, None  # so that nothing need be said again
     console = tables.console(quiet=distributed_rank() > 0)
     results = run.prune(configure(given, recipe, config), console, resume=resume, dry_run=dry_run)
     for result in results:
@@ -271,13 +271,12 @@ def evaluate(
     batch_size: Annotated[int, typer.Option(min=1, help="Images per step.")] = 64,
     workers: Annotated[int, typer.Option(min=0, help="Processes that load images.")] = 4,
     val_fraction: Annotated[Optional[float], setting("As for prune. [default: that of the run]")] = None,
-    seed: Annotated[Optional[int], setting("As for prune: decides which images of a single folder are validated on. [default: that of the run]")] = None,
     skip_bad_images: Annotated[bool, SKIP] = False,
 ) -> None:
     """Measure the top-1 accuracy of a result on the validation images of DATA."""
     from . import run
 
-    accuracy, images = run.evaluate(artifact, data, batch_size=batch_size, workers=workers, val_fraction=val_fraction, seed=seed, skip_bad_images=skip_bad_images)
+    accuracy, images = run.evaluate(artifact, data, batch_size=batch_size, workers=workers, val_fraction=val_fraction, skip_bad_images=skip_bad_images)
     print(f"{artifact}  top-1 {accuracy:.2f} % of {images} images")
 
 
@@ -293,6 +292,8 @@ def main(args: list[str] | None = None) -> None:
         code = app(args=args, standalone_mode=False)
     except UserError as error:
         fail(str(error))
+    except PermissionError as error:
+        fail(f"no permission to read or write '{error.filename}'; ask for it, or choose another folder")
     except (KeyboardInterrupt, typer.Abort):
         fail("stopped before there was anything to keep; run the command again")
     except Exception as error:

@@ -88,7 +88,7 @@ class Config(Recipe):
     @property
     def shares(self) -> dict[str, str]:
         """What of which cost may remain, as the options take it."""
-        found = {kind: [f"{share:g}" for budget in self.budgets if (share := budget.shares.get(kind)) is not None] for kind in KINDS}
+        found = {kind: [repr(share) for budget in self.budgets if (share := budget.shares.get(kind)) is not None] for kind in KINDS}
         return {kind: ",".join(dict.fromkeys(values)) for kind, values in found.items() if values} | ({"latency": self.latency} if self.latency else {})
 
     def command(self, *extra: str) -> str:
@@ -130,7 +130,7 @@ def configure(given: dict[str, Any], recipe: str | None = None, file: Path | Non
         if not limited if name == "flops" else name not in settings:
             raise UserError(f"no {name} is given; name it, such as {example}, or a --config FILE that has it")
     if isinstance(settings.get("flops"), list):  # of a file
-        settings["flops"] = ",".join(f"{budget:g}" for budget in settings["flops"])
+        settings["flops"] = ",".join(map(repr, settings["flops"]))
     if isinstance(divisor := settings.get("divisor"), str) and divisor != "auto":
         if not divisor.isdigit():
             raise UserError(f"--divisor {divisor} is no number; give one such as 8, or auto")

@@ -132,15 +132,15 @@ def bad_images(dataset: ImageSet) -> list[str]:
     return [dataset.name(index) for index in dataset.bad.nonzero().flatten().tolist()]
 
 
-def open_splits(spec: str, *, val_fraction: float = 0.1, seed: int = 0, skip_bad_images: bool = False) -> Splits:
+def open_splits(spec: str, *, val_fraction: float = 0.1, skip_bad_images: bool = False) -> Splits:
     """Opens the data set that a DATA string names.
 
     Args:
         spec: A folder with ``train/`` and ``val/`` (or ``validation/``, ``test/``), each with one
             folder per class; a folder with one folder per class; ``digits``; or a timm data set
             such as ``torch/cifar100`` or ``hfds/NAME``. A folder by such a name is ``./digits``.
-        val_fraction: Share of each class to validate on, where a folder has no split of its own.
-        seed: Decides which images that share holds.
+        val_fraction: Share of each class to validate on, where a folder has no split of its own: always the same images, so that no run
+            validates on what the network that it starts from, or learns from, was trained on.
         skip_bad_images: Leave unreadable images out, and count them, in place of stopping.
 
     Returns:
@@ -152,7 +152,7 @@ def open_splits(spec: str, *, val_fraction: float = 0.1, seed: int = 0, skip_bad
     if not 0 < val_fraction < 1:
         raise UserError(f"the share of images to validate on is {val_fraction}; give one between 0 and 1")
     if spec == "digits":
-        return _open_digits(seed)
+        return _open_digits()
     if spec.lower().startswith(STREAM_PREFIXES):
         raise UserError(
             f"'{spec}' is a stream, which cannot be read in an order that repeats; use hfds/, torch/ or an image folder"
@@ -183,8 +183,8 @@ def open_splits(spec: str, *, val_fraction: float = 0.1, seed: int = 0, skip_bad
         lonely = [name for name in class_names if counts[name] < 2]
         if lonely:
             raise UserError(f"'{root}' has only 1 image of class {_listed(lonely)}, too few to split; add more images")
-        train, val = _split(samples, val_fraction, seed)
-        notes.append(f"'{root}' was split: {len(train)} images to train on, {len(val)} to validate on (seed {seed})")
+        train, val = _split(samples, val_fraction)
+        notes.append(f"'{root}' was split: {len(train)} images to train on, {len(val)} to validate on")
     return Splits(
         ImageSet(train, str(root), skip_bad_images), ImageSet(val, str(root), skip_bad_images), class_names, notes, True
     )
@@ -224,12 +224,12 @@ def _scan(root: Path) -> tuple[list[str], list[tuple[str, int]], list[str]]:
     return [folder.name for folder in folders], samples, notes
 
 
-def _split(samples: list, val_fraction: float, seed: int) -> tuple[list, list]:
+def _split(samples: list, val_fraction: float) -> tuple[list, list]:
     """Splits (image, target) pairs so that each class has the share, but at least one, in both parts."""
     by_class = {}
     for sample in samples:
         by_class.setdefault(sample[1], []).append(sample)
-    shuffler = random.Random(seed)
+    shuffler = random.Random(0)
     train, val = [], []
     for target in sorted(by_class):
         members = by_class[target]
@@ -240,7 +240,7 @@ def _split(samples: list, val_fraction: float, seed: int) -> tuple[list, list]:
     return train, val
 
 
-def _open_digits(seed: int) -> Splits:
+def _open_digits() -> Splits:
     try:
         from sklearn.datasets import load_digits
     except ImportError:
@@ -248,7 +248,7 @@ def _open_digits(seed: int) -> Splits:
     digits = load_digits()
     images = (digits.images * (255 / 16)).round().astype(np.uint8)  # (1797, 8, 8), from 0..16
     samples = [(Image.fromarray(image).convert("RGB"), int(target)) for image, target in zip(images, digits.target)]
-    train, val = _split(samples, DIGITS_VAL_FRACTION, seed)
+    train, val = _split(samples, DIGITS_VAL_FRACTION)
     class_names = [str(name) for name in digits.target_names]
     return Splits(ImageSet(train, "digits", False), ImageSet(val, "digits", False), class_names, [], False)
 

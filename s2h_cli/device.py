@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from . import distributed
-from .errors import UserError
+from .errors import UserError, why
 
 
 def pick_device(name: str) -> torch.device:
@@ -27,3 +27,11 @@ def pick_device(name: str) -> torch.device:
     if device.type not in ("cpu", "cuda"):
         raise UserError(f"--device {name} is not supported; give cpu, cuda, cuda:1 or auto")
     return device
+
+
+def check_compiler(device: torch.device) -> None:
+    """Raises UserError where torch.compile does not work, before a training that would find out in its middle."""
+    try:
+        torch.compile(lambda x: x.sin() + 1)(torch.ones(2, device=device))
+    except Exception as error:  # of compilers, each says so in its own way
+        raise UserError(f"--compile does not work here ({why(error)}); install a C++ compiler, and Triton for a GPU, or leave it away") from error

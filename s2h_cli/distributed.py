@@ -11,6 +11,8 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from .errors import UserError, why
+
 #: Set by torchrun: this process among all, their number, its number on this machine, and how often the job was started again.
 RANK, WORLD, LOCAL_RANK, RESTARTS = (int(os.environ.get(name, default)) for name, default in (
     ("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0), ("TORCHELASTIC_RESTART_COUNT", 0)))
@@ -34,13 +36,23 @@ def recall(name: str) -> str | None:
 
 
 def join(device: torch.device) -> None:
-    """Meets the other processes of the job."""
+    """Meets the other processes of the job.
+
+    Raises:
+        UserError: they cannot meet.
+    """
     if WORLD > 1 and not dist.is_initialized():
+        if store() is None:
+            raise UserError(f"WORLD_SIZE is {WORLD} and torchrun did not start this process; start the job with torchrun, or unset WORLD_SIZE")
         if device.type == "cuda":
             torch.cuda.set_device(device)
         # Under a prefix, since the store keeps the addresses of processes that died.
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", rank=RANK, world_size=WORLD,
-                                store=dist.PrefixStore(f"s2h/{RESTARTS}", store()))
+        try:
+            dist.init_process_group("nccl" if device.type == "cuda" else "gloo", rank=RANK, world_size=WORLD,
+                                    store=dist.PrefixStore(f"s2h/{RESTARTS}", store()))
+            dist.all_reduce(torch.zeros(1, device=device))  # NCCL connects when it is first used
+        except (dist.DistError, RuntimeError) as error:
+            raise UserError(f"the processes of the job cannot meet ({why(error)}); each GPU takes one process, and the machines must reach each other") from error
 
 
 def leave() -> None:

@@ -21,12 +21,12 @@ from torch import fx
 from .artifacts import load
 from .errors import UserError, why
 from .files import writing
-from .network_json import CALLABLES, WEIGHTS
+from .network_json import CALLABLES
 from .program import Program, cpu_copy, random_images
 
 #: Where the metadata lie: an extra file of TorchScript and pt2, a property of ONNX.
 METADATA = "s2h.json"
-#: The largest difference from the network that `verify` lets pass, relative to the largest logit.
+#: The largest difference from the network that `check` lets pass, relative to the largest logit.
 TOLERANCE = 1e-4
 #: The same where it computes in float16, whose last place is 1e-3 of a number: a deep network that is hardly trained adds it up to 5e-2.
 HALF_TOLERANCE = 0.1
@@ -269,29 +269,6 @@ def export_all(program: Program, folder: Path, formats: Iterable[str], metadata:
         except UserError as error:
             failed.append(str(error))
     return files, failed
-
-
-def verify(small: fx.GraphModule, folder: str | os.PathLike, input_size: tuple[int, int, int]) -> dict[str, float]:
-    """Loads each artifact of a run folder back and compares its logits with the network's on random images.
-
-    Args:
-        small: the network, on any device; it stays as it is.
-        folder: the run folder.
-        input_size: (C, H, W) of the images.
-
-    Returns:
-        For each artifact's file name, the largest difference relative to the largest absolute logit, over batches of 1 and 5
-        (or of the fixed size).
-
-    Raises:
-        UserError: an artifact cannot be loaded or run, or differs by more than `TOLERANCE`, and than rounding explains.
-    """
-    folder = Path(folder)
-    paths = {WEIGHTS: folder, **{f.file: folder / f.file for f in EXPORTS.values()}}
-    found, wrong = check(small, {name: path for name, path in paths.items() if (folder / name).exists()}, input_size)
-    for name, text in wrong.items():
-        raise UserError(f"{folder / name}: {text}")
-    return found
 
 
 def check(small: fx.GraphModule, paths: dict[str, Path], input_size: tuple[int, int, int], *, batch: int | None = None,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import platform
 import shutil
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,8 +11,8 @@ from typing import Iterator
 
 from .errors import UserError, why
 
-#: What the folders aside are called, before the number of the process that writes.
-ASIDE = ".writing-"
+#: What the folders aside are called, before the number of the process that writes: this machine's are told from those of others on one file system.
+ASIDE = f".writing-{platform.node()}-"
 
 
 @contextmanager
@@ -23,18 +24,26 @@ def writing(folder: Path) -> Iterator[Path]:
     """
     aside = folder / f"{ASIDE}{os.getpid()}"
     try:
-        for left in folder.glob(f"{ASIDE}*"):  # by a process that was killed, perhaps with the number of this one
-            number = left.name.removeprefix(ASIDE)
-            if left == aside or number.isdecimal() and not _runs(int(number)):
-                shutil.rmtree(left, ignore_errors=True)
-        aside.mkdir(parents=True)
-        yield aside
-        for file in sorted(aside.iterdir()):
-            os.replace(file, folder / file.name)
-    except OSError as error:
-        raise cannot_write(folder, error) from error
+        with written(folder):
+            for left in folder.glob(f"{ASIDE}*"):  # by a process that was killed, perhaps with the number of this one
+                number = left.name.removeprefix(ASIDE)
+                if left == aside or number.isdecimal() and not _runs(int(number)):
+                    shutil.rmtree(left, ignore_errors=True)
+            aside.mkdir(parents=True)
+            yield aside
+            for file in sorted(aside.iterdir()):
+                os.replace(file, folder / file.name)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
+
+
+@contextmanager
+def written(folder: Path) -> Iterator[None]:
+    """Raises UserError where something cannot be written into the folder."""
+    try:
+        yield
+    except OSError as error:
+        raise cannot_write(folder, error) from error
 
 
 def cannot_write(folder: Path, error: OSError) -> UserError:

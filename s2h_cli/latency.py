@@ -82,11 +82,10 @@ def interleaved(calls: dict[str, Call], seconds: float, threads: int) -> dict[st
 
 @dataclass(frozen=True)
 class Place:
-    """Where networks run. `folder` is for files that only they need."""
+    """Where networks run."""
 
     device: torch.device
     threads: int
-    folder: Path
 
 
 def describe(device: torch.device, threads: int) -> str:
@@ -108,12 +107,13 @@ class Subject:
         name: what the user calls it.
         input_size: (C, H, W) of its images.
         network: it as a module on the CPU; None where there is but a file.
-        files: it in other formats of `exports.EXPORTS`. What is missing is exported, where `network` is one of ours.
+        files: it in other formats of `exports.EXPORTS`. What is missing is exported, where `network` is one of ours, and kept as long as this is.
     """
 
     def __init__(self, name: str, input_size: tuple[int, int, int], network: fx.GraphModule | None = None, files: dict[str, Path] | None = None):
         self.name, self.input_size, self.network, self.files = name, tuple(input_size), network, dict(files or {})
         self._program: Program | None = None
+        self._folder: tempfile.TemporaryDirectory | None = None
 
     @property
     def formats(self) -> list[str]:
@@ -133,12 +133,11 @@ class Subject:
         """A copy on the device."""
         return _copy_on(self.network, device)
 
-    def file(self, format: str, folder: Path) -> Path:
+    def file(self, format: str) -> Path:
         if format not in self.files:
             self._program = self._program or Program(self.network)
-            own = folder / str(id(self))
-            own.mkdir(exist_ok=True)
-            self.files[format] = exports.export(self._program, own, format)
+            self._folder = self._folder or tempfile.TemporaryDirectory()
+            self.files[format] = exports.export(self._program, Path(self._folder.name), format)
         return self.files[format]
 
 
@@ -158,14 +157,14 @@ def _compiled(subject: Subject, images: torch.Tensor, place: Place) -> Call:
 
 
 def _torchscript(subject: Subject, images: torch.Tensor, place: Place) -> Call:
-    network = torch.jit.load(str(subject.file("torchscript", place.folder)), map_location=place.device).eval()
+    network = torch.jit.load(str(subject.file("torchscript")), map_location=place.device).eval()
     for _ in range(3):  # its executor profiles first, then optimizes
         network(images)
     return lambda: network(images)
 
 
 def _onnx(subject: Subject, images: torch.Tensor, place: Place) -> Call:
-    session = exports.onnx_session(subject.file("onnx", place.folder), threads=place.threads, cuda=place.device.type == "cuda")
+    session = exports.onnx_session(subject.file("onnx"), threads=place.threads, cuda=place.device.type == "cuda")
     feed = {session.get_inputs()[0].name: images.cpu().numpy()}
     return lambda: session.run(None, feed)
 
@@ -175,7 +174,7 @@ def _openvino(subject: Subject, images: torch.Tensor, place: Place) -> Call:
 
     if place.device.type != "cpu":
         raise UserError("OpenVINO is timed on the CPU alone")
-    model = openvino.Core().compile_model(str(subject.file("onnx", place.folder)), "CPU", {"INFERENCE_NUM_THREADS": place.threads})
+    model = openvino.Core().compile_model(str(subject.file("onnx")), "CPU", {"INFERENCE_NUM_THREADS": place.threads})
     request, feed = model.create_infer_request(), [images.numpy()]
     return lambda: request.infer(feed)
 
@@ -210,8 +209,8 @@ def compare(subjects: list[Subject], formats: list[str], batches: list[int], dev
         dict and the share of the first network's time (least of each: what hinders both hinders them unequally, for minutes on end), or {format, batch, network, failed}, the reason in one line.
     """
     rows = []
-    with tempfile.TemporaryDirectory() as aside, torch.inference_mode(), exports.quiet(), _threads(threads):
-        place = Place(device, threads, Path(aside))
+    with torch.inference_mode(), exports.quiet(), _threads(threads):
+        place = Place(device, threads)
         for format in formats:
             for batch in batches:
                 told(f"{format}, batch {batch}")

@@ -55,15 +55,13 @@ class Where:
     batch: int
     device: torch.device
 
-    def times(self, networks: dict[str, fx.GraphModule], seconds: float) -> dict[str, latency.Timing]:
+    def times(self, subjects: list[latency.Subject], seconds: float) -> dict[str, latency.Timing]:
         """Of one batch of each network.
 
         Raises:
             UserError: one cannot be run there.
         """
-        size = next(iter(networks.values())).meta["input_size"]
-        rows = latency.compare([latency.Subject(name, size, network) for name, network in networks.items()], [self.format], [self.batch],
-                               self.device, torch.get_num_threads(), seconds)
+        rows = latency.compare(subjects, [self.format], [self.batch], self.device, torch.get_num_threads(), seconds)
         for row in rows:
             if "failed" in row:
                 raise UserError(f"--latency cannot be measured in {self.format} ({row['failed']}); choose another --latency-format")
@@ -74,10 +72,15 @@ class Where:
         processes what the first one measured."""
         found: Looks = []
         if distributed.RANK == 0:
+            subjects = subjects_of({"whole": whole, "small": small})  # whose files all looks share
             while len(found) < FIRST or len(found) < LOOKS and not (aim and abs(share(found) / aim - 1) > FAR):
-                times = self.times({"whole": whole, "small": small}, SECONDS)
+                times = self.times(subjects, SECONDS)
                 found.append((times["whole"].least, times["small"].least))
         return distributed.from_first(found)
+
+
+def subjects_of(networks: dict[str, fx.GraphModule]) -> list[latency.Subject]:
+    return [latency.Subject(name, network.meta["input_size"], network) for name, network in networks.items()]
 
 
 def share(looks: Looks) -> float:
@@ -151,7 +154,7 @@ def best_divisor(network: fx.GraphModule, spaces: dict[int, Space], budget: Budg
             widths = widths_of(space, torch.ones(len(space.groups)), budget)
             networks[str(divisor)] = rebuild(network, Plan.from_widths(space, widths, np.zeros(space.size)))
             macs[divisor] = space.ratio(widths)
-        times = where.times(networks, 2 * SECONDS * len(networks))
+        times = where.times(subjects_of(networks), 2 * SECONDS * len(networks))
         found = {divisor: times[str(divisor)].least / times["whole"].least / macs[divisor] for divisor in spaces}
     found = distributed.from_first(found)
     return min(divisor for divisor, time in found.items() if time <= min(found.values()) * (1 + PAYS)), found
@@ -172,7 +175,7 @@ def measure(network: fx.GraphModule, space: Space, where: Where) -> Table:
                                                                     for small in networks.values())])
     coefficients = np.array([_nonnegative(x[:, i], alone[:, i]) for i in range(len(nodes))])
 
-    together = where.times(networks, SECONDS * len(networks))
+    together = where.times(subjects_of(networks), SECONDS * len(networks))
     seconds = np.array([timing.least for timing in together.values()]) * together["0"].median / together["0"].least
     # What each feature of each kind of operator takes in the format.
     kinds = np.array([latency.kind_of(network, node) for node in network.graph.nodes if node.name in features])

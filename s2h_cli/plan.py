@@ -386,14 +386,6 @@ class Plan:
         return {g.name: np.flatnonzero(self.keep[g.start:g.stop]).tolist() for g in self.space.groups}
 
     @classmethod
-    def from_groups(cls, space: Space, kept: dict[str, list[int]]) -> "Plan":
-        """The inverse of `by_group`."""
-        keep = np.zeros(space.size, bool)
-        for group in space.groups:
-            keep[group.start + np.array(kept[group.name], int)] = True
-        return cls(space, keep)
-
-    @classmethod
     def from_widths(cls, space: Space, widths: np.ndarray, importance: np.ndarray) -> "Plan":
         """The `widths` most important atoms of each group; `importance` is (space.size,)."""
         keep = np.zeros(space.size, bool)

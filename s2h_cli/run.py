@@ -22,7 +22,7 @@ from . import artifacts, bench, data, distributed, exports, hub, lookup
 from .budget import KINDS, Budget
 from .config import Config, latency_share, resumed, write
 from .cost import count_macs
-from .device import pick_device
+from .device import check_compiler, pick_device
 from .errors import UserError
 from .files import cannot_write, writing
 from .graph import capture, to_device
@@ -158,7 +158,9 @@ def check_settings(config: Config) -> None:
 
 def prepare(config: Config, device: torch.device, console: Console, folder: Path | None, resuming: bool) -> Job:
     """Model and data to method and loaders. What `config` leaves to model and data is filled in. `folder`: of a run that goes on."""
-    splits = data.open_splits(config.data, val_fraction=config.val_fraction, seed=config.seed, skip_bad_images=config.skip_bad_images)
+    if config.compile:
+        check_compiler(device)
+    splits = data.open_splits(config.data, val_fraction=config.val_fraction, skip_bad_images=config.skip_bad_images)
     classes = splits.class_names
     config.img_size = config.img_size or IMG_SIZE.get(config.data)
     seed_everything(config.seed, 0)
@@ -275,7 +277,7 @@ def train(config: Config, job: Job, folder: Path, state: dict | None, console: C
             checkpoint.save(folder / "checkpoints" / "last", state)
 
     if config.epochs:
-        with data.naming_images(job.train, val), watching(config, folder, job.method, len(job.train), len(state["rows"]) if state else 0, console) as watcher:
+        with data.naming_images(job.train, val), watching(config, folder, job.method, len(job.train), state, console) as watcher:
             rows = fit(job.method, job.train, val, config, watcher, classes=len(job.classes), teacher=job.teacher, state=state, save=save,
                        save_every=config.checkpoint_every)
     else:
@@ -292,15 +294,16 @@ def train(config: Config, job: Job, folder: Path, state: dict | None, console: C
 
 
 @contextmanager
-def watching(config: Config, folder: Path, method: Any, steps: int, done: int, console: Console) -> Iterator[Watchers]:
+def watching(config: Config, folder: Path, method: Any, steps: int, state: dict | None, console: Console) -> Iterator[Watchers]:
     """Who watches a training: the terminal, TensorBoard, and what `--log` names; in the first process of several alone."""
     if distributed.RANK:
         yield Watchers([])
         return
     start_log(config, folder)
+    done, position = (len(state["rows"]), state["position"]) if state else (0, 0)
     with ExitStack() as stack:
         display = stack.enter_context(TrainingDisplay(console, config.epochs, steps, done))
-        curves = [stack.enter_context(Curves(folder_of(folder, ending), part, steps, done, ending)) for ending, part in method.parts.items()]
+        curves = [stack.enter_context(Curves(folder_of(folder, ending), part, steps, done, position, ending)) for ending, part in method.parts.items()]
         yield Watchers([display, *curves])
 
 
@@ -322,7 +325,7 @@ def finish(config: Config, budget: Budget, folder: Path, ending: str, job: Job, 
     counted = sum(count_macs(small, input_size).values())
     if counted != facts["macs"]["pruned"] or not budget.met(part.plan.space, part.plan.widths):
         raise RuntimeError(f"the plan says {facts['macs']}, fvcore counts {counted}: please report this")
-    plan = {**facts, "kept_indices": part.plan.by_group(), "data": {**job.preprocessing, "classes": job.classes, "split": {"val_fraction": config.val_fraction, "seed": config.seed}}}
+    plan = {**facts, "kept_indices": part.plan.by_group(), "data": {**job.preprocessing, "classes": job.classes, "split": {"val_fraction": config.val_fraction}}}
     with console.status("writing and checking artifacts"):
         artifacts.save(folder, small, plan)
         with writing(folder) as aside:
@@ -504,9 +507,9 @@ def made_folder(config: Config) -> Path:
         try:
             folder.mkdir(parents=True)
             return folder
-        except FileExistsError:
-            continue
         except OSError as error:
+            if folder.exists():
+                continue
             raise cannot_write(folder, error) from error
 
 

@@ -2,14 +2,18 @@
 
 import copy
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import torch
 from torch import fx, nn
 from torch.func import functional_call
 
+from s2h_cli import exports
 from s2h_cli.cost import count_macs
+from s2h_cli.errors import UserError
 from s2h_cli.graph import Captured, Param, Ref, capture, tensors_of
+from s2h_cli.network_json import WEIGHTS
 from s2h_cli.plan import Plan, Space
 from s2h_cli.rules import STATISTICS
 from s2h_cli.rebuild import insert_gates, kept_indices, rebuild, resize, slice_parameters
@@ -205,3 +209,12 @@ def hard_output(network: fx.GraphModule, small: fx.GraphModule, plan: Plan, x: t
     return functional_call(small, slice_parameters(dict(network.named_parameters()), indices), (x,))
 
 
+
+
+def verify(small: fx.GraphModule, folder: Path, input_size: tuple[int, int, int]) -> dict[str, float]:
+    """The differences of `exports.check` by file, of all artifacts in a run's folder; raises UserError for one that is wrong."""
+    names = [WEIGHTS, *(format.file for format in exports.EXPORTS.values())]
+    found, wrong = exports.check(small, {name: folder if name == WEIGHTS else folder / name for name in names if (folder / name).exists()}, input_size)
+    for name, text in wrong.items():
+        raise UserError(f"{folder / name}: {text}")
+    return found

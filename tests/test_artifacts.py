@@ -13,7 +13,7 @@ import timm
 import torch
 from torch import fx, nn
 
-from helpers import captured, random_plan
+from helpers import captured, random_plan, verify
 from s2h_cli import artifacts, data, exports, network_json, run
 from s2h_cli.errors import UserError
 from s2h_cli.graph import capture
@@ -245,7 +245,7 @@ def test_exports_run_at_any_batch_and_are_quiet(smalls, tmp_path, name, capfd):
         assert file == tmp_path / exports.EXPORTS[format].file and exports.read_metadata(file) == META
     assert small.training and all(torch.equal(before[k], v) for k, v in small.state_dict().items())
     small.eval()
-    differences = exports.verify(small, tmp_path, SIZE)
+    differences = verify(small, tmp_path, SIZE)
     assert set(differences) == {"model.safetensors", "model.ts", "model.onnx", "model.pt2"}
     assert differences["model.safetensors"] == 0 and max(differences.values()) < 1e-5
     assert sorted(p.name for p in tmp_path.iterdir()) == sorted([*differences, "plan.json"])
@@ -270,7 +270,7 @@ def test_torchscript_keeps_sizes_that_depend_on_the_batch(tmp_path):
     assert any("aten.ones" in str(node.target) for node in small.graph.nodes)
     artifacts.save(tmp_path, small, {})
     exports.export(artifacts.load(tmp_path), tmp_path, "torchscript")
-    assert exports.verify(small, tmp_path, SIZE)["model.ts"] < 1e-6
+    assert verify(small, tmp_path, SIZE)["model.ts"] < 1e-6
 
 
 def test_onnx_names(tiny, tmp_path):
@@ -289,7 +289,7 @@ def test_fixed_batch(tiny, tmp_path):
     artifacts.save(tmp_path, small, {})
     for format in exports.EXPORTS:
         exports.export(small, tmp_path, format)
-    assert len(exports.verify(small, tmp_path, SIZE)) == 4
+    assert len(verify(small, tmp_path, SIZE)) == 4
     with pytest.raises(Exception):
         exports.run_artifact(tmp_path / "model.onnx")(torch.zeros(2, *SIZE))
 
@@ -301,10 +301,10 @@ def test_verify_names_a_wrong_artifact(tiny, tmp_path, format):
         other.head.weight[0, 0] += 0.1
     file = exports.export(other, tmp_path, format)
     with pytest.raises(UserError, match=file.name):
-        exports.verify(tiny, tmp_path, SIZE)
+        verify(tiny, tmp_path, SIZE)
     file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
     with pytest.raises(UserError, match=file.name):
-        exports.verify(tiny, tmp_path, SIZE)
+        verify(tiny, tmp_path, SIZE)
 
 
 def test_verify_sees_changed_weights_and_nan(folder, tiny):
@@ -312,7 +312,7 @@ def test_verify_sees_changed_weights_and_nan(folder, tiny):
     with torch.no_grad():
         other.head.bias[0] = float("nan")
     with pytest.raises(UserError, match="model.safetensors"):
-        exports.verify(other, folder, SIZE)
+        verify(other, folder, SIZE)
 
 
 def written(small, folder):
@@ -320,7 +320,7 @@ def written(small, folder):
     artifacts.save(folder, small, {})
     for format in exports.EXPORTS:
         exports.export(small, folder, format)
-    return exports.verify(small, folder, SIZE)
+    return verify(small, folder, SIZE)
 
 
 class ConvNet(nn.Module):
@@ -367,7 +367,7 @@ def test_a_padded_max_pool_is_right_in_onnx(tmp_path):
     small = captured(Padded(), SIZE).network
     exports.export(small, tmp_path, "onnx")
     artifacts.save(tmp_path, small, {})
-    assert exports.verify(small, tmp_path, SIZE)["model.onnx"] < 1e-5
+    assert verify(small, tmp_path, SIZE)["model.onnx"] < 1e-5
 
 
 def test_failing_exporter_is_named_and_leaves_nothing(tiny, tmp_path, monkeypatch):
@@ -527,10 +527,10 @@ def test_a_result_is_measured_on_the_images_that_its_run_left_out(here):
     options = [*PRUNE[:3], "data/train", *PRUNE[4:]]
     assert s2h(*options, "--epochs", "0", "--val-fraction", "0.4", "--seed", "7", "-o", "run") == 0
     theirs, _ = run.checked_data("data/train", artifacts.read_plan(here / "run")["data"], "run")
-    ours, other = data.open_splits("data/train", val_fraction=0.4, seed=7), data.open_splits("data/train")
+    ours, other = data.open_splits("data/train", val_fraction=0.4), data.open_splits("data/train")
     assert theirs.val.source == ours.val.source != other.val.source
-    again, _ = run.checked_data("data/train", exports.read_metadata(here / "run" / "model.onnx"), "run", seed=8, val_fraction=None)
-    assert len(again.val) == len(ours.val) and again.val.source != ours.val.source
+    again, _ = run.checked_data("data/train", exports.read_metadata(here / "run" / "model.onnx"), "run", val_fraction=0.2)
+    assert set(again.val.source) < set(ours.val.source)
 
 
 def test_a_file_that_is_wrong_goes_and_does_not_cost_the_others(result, capsys, monkeypatch):

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from s2h_cli import exports, run
 from s2h_cli.config import Config
 from s2h_cli.errors import UserError
 from s2h_cli.files import ASIDE, writing
+from s2h_cli.report import curves
 from s2h_cli.source import load_source
 from toy import PRUNE, s2h
 
@@ -193,7 +195,7 @@ def test_stopped_in_its_first_epoch_a_run_starts_over(here, monkeypatch, capsys)
     line = error_of(capsys, *PRUNE, "--epochs", "2", "-o", "out")
     assert "no epoch was finished" in line and "--resume" in line
     monkeypatch.setattr(S2H, "soft_terms", terms)
-    assert s2h("prune", "-o", "out", "--resume") == 0  # the folder knows the rest
+    assert s2h("prune", "-o", "out", "--resume", "--recipe", "cifar") == 0  # the folder knows the rest
     assert len((here / "out" / "summary.csv").read_text().splitlines()) == 3
 
 
@@ -320,6 +322,55 @@ def test_a_full_disk_keeps_the_last_checkpoint(here, monkeypatch, capsys):
     monkeypatch.setattr(checkpoint.torch, "save", real)
     assert len(torch.load(here / "out" / "checkpoints" / "last", weights_only=True)["rows"]) == 1
     assert not list((here / "out").rglob(".writing*"))
+
+
+def test_a_curve_that_cannot_be_written_is_one_line(here, monkeypatch, capsys):
+    def full(*args, **options):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(curves.SummaryWriter, "add_scalar", full)
+    assert "No space left" in error_of(capsys, *PRUNE, "--epochs", "1", "-o", "out")
+
+
+def test_a_login_that_is_missing_is_one_line(here, monkeypatch, capsys):
+    def refuse(**options):
+        raise RuntimeError("No API key configured")
+
+    monkeypatch.setattr(run, "check_log", lambda name: None)
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=refuse))
+    assert "wandb login" in error_of(capsys, *PRUNE, "--epochs", "1", "-o", "out", "--log", "wandb")
+
+
+def test_a_compiler_that_does_not_work_is_said_before_the_training(here, monkeypatch, capsys):
+    def broken(call):
+        raise RuntimeError("no C++ compiler")
+
+    monkeypatch.setattr(torch, "compile", broken)
+    assert "--compile does not work here (RuntimeError: no C++ compiler)" in error_of(capsys, *PRUNE, "--epochs", "1", "-o", "out", "--compile")
+    assert not (here / "out").exists()
+
+
+def test_a_folder_that_is_a_dead_link_is_one_line(here, capsys):
+    (here / "out").symlink_to(here / "gone")
+    assert "cannot write to 'out'" in error_of(capsys, *PRUNE, "--epochs", "0", "-o", "out")
+
+
+def test_one_image_a_batch_is_one_line(here, capsys):
+    (here / "net.py").write_text((here / "net.py").read_text().replace("stride=2", "stride=32"))
+    assert "1 image a step" in error_of(capsys, *PRUNE, "--epochs", "0", "--batch-size", "1", "-o", "out")
+
+
+def test_a_file_that_may_not_be_read_is_one_line(monkeypatch, capsys):
+    def denied(*args, **options):
+        raise PermissionError(13, "Permission denied", "/root/run")
+
+    monkeypatch.setattr(run, "inspect", denied)
+    assert "no permission to read or write '/root/run'" in error_of(capsys, "inspect", "resnet18")
+
+
+def test_processes_that_torchrun_did_not_start_are_refused(here):
+    done = subprocess.run([sys.executable, "-m", "s2h_cli", *PRUNE, "--epochs", "1"], env=os.environ | {"WORLD_SIZE": "2"}, capture_output=True, text=True)
+    assert done.returncode == 2 and "start the job with torchrun" in done.stderr and len(done.stderr.strip().splitlines()) == 1
 
 
 def test_foreign_classes_are_not_evaluated(here, capsys):

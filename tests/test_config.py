@@ -7,7 +7,7 @@ import pytest
 import typer.testing
 import yaml
 
-from s2h_cli import cli, config
+from s2h_cli import cli, config, distributed
 from s2h_cli.config import Config, Recipe, configure
 from s2h_cli.errors import UserError
 from s2h_cli.run import check_settings
@@ -69,17 +69,30 @@ def test_what_is_missing_is_said():
 
 
 @pytest.mark.parametrize("change, word", [
-    ({"lr": -1.0}, "--lr -1"), ({"mixup": 0.2, "batch_size": 5}, "even"), ({"mixup": -0.2}, "--mixup"), ({"ema": 1.5}, "--ema 1.5"),
+    ({"lr": -1.0}, "--lr -1"), ({"mixup": 0.2, "batch_size": 5}, "a multiple of 2"), ({"mixup": -0.2}, "--mixup"), ({"ema": 1.5}, "--ema 1.5"),
     ({"aa": "rnd-m9"}, "--aa rnd-m9"), ({"amp_dtype": "int8"}, "bfloat16"), ({"clip_grad": 0.0}, "--clip-grad 0"),
-    ({"smoothing": float("nan")}, "--smoothing nan"),
+    ({"smoothing": float("nan")}, "--smoothing nan"), ({"min_lr": -1.0}, "--min-lr -1"), ({"color_jitter": -1.0}, "--color-jitter -1"), ({"aa": "rand-m5", "color_jitter": 0.2}, "takes the place of --color-jitter"),
+    ({"opt": "sgd", "momentum": 0.0}, "--opt sgd with --momentum 0 does not work"),
 ])
 def test_settings_without_a_meaning_are_refused(change, word):
     with pytest.raises(UserError, match=word):
         check(configure(GIVEN | change))
 
 
+def test_pairs_are_those_of_each_process(monkeypatch):
+    check(configure(GIVEN | {"mixup": 0.2, "batch_size": 6}))
+    monkeypatch.setattr(distributed, "WORLD", 2)
+    with pytest.raises(UserError, match="a multiple of 4"):
+        check(configure(GIVEN | {"mixup": 0.2, "batch_size": 6}))
+
+
+def test_every_augmentation_of_timm_passes():
+    for policy in ("rand-m9-mstd0.5-inc1", "augmix-m5-w4-d2", "3a", "original"):
+        check(configure(GIVEN | {"aa": policy}))
+
+
 def test_budgets_of_a_file_are_those_of_the_command_line(tmp_path):
-    for budgets, meant in (([0.35], 0.35), ([0.15, 0.35], [0.15, 0.35])):
+    for budgets, meant in (([0.35], 0.35), ([0.15, 0.35], [0.15, 0.35]), ([0.1234567, 0.5], [0.1234567, 0.5])):
         (tmp_path / "args.yaml").write_text(yaml.safe_dump(GIVEN | {"flops": budgets}))
         assert configure({}, file=tmp_path / "args.yaml").flops == meant
     for budgets, word in (([], "no share"), ([0.2, 0.2], "twice")):
@@ -94,7 +107,7 @@ def test_numbers_of_a_file_below_the_least_are_refused(change):
         check_settings(configure(GIVEN | change))
 
 
-@pytest.mark.parametrize("budget", ["0.35", "0.15,0.35"])
+@pytest.mark.parametrize("budget", ["0.35", "0.15,0.35", "0.3333333"])
 def test_every_setting_is_an_option_and_the_command_of_a_run_gives_its_settings(monkeypatch, budget):
     asked = configure(GIVEN | {"flops": budget, "mixup": 0.2, "exclude": ["a*", "b"], "pretrained": False, "amp": True, "ema": 0.99, "checkpoint_every": 5})
     seen = {}

@@ -45,8 +45,8 @@ def formula(monkeypatch):
     """Makes `times` follow the formula, bent by a power that no table knows of."""
     bend = {"power": 1.0}
 
-    def times(self, networks, seconds):
-        return {name: always(sum(node_seconds(network, self.batch).values()) ** bend["power"]) for name, network in networks.items()}
+    def times(self, subjects, seconds):
+        return {subject.name: always(sum(node_seconds(subject.network, self.batch).values()) ** bend["power"]) for subject in subjects}
 
     monkeypatch.setattr(latency, "by_node", node_seconds)
     monkeypatch.setattr(lookup.Where, "times", times)
@@ -92,8 +92,11 @@ def test_the_clock_has_the_last_word(space, formula, power, target):
 
 @pytest.mark.parametrize("aim, count", [(None, lookup.LOOKS), (0.5, lookup.LOOKS), (0.3, lookup.FIRST)])
 def test_a_network_that_is_far_off_is_looked_at_less_often(monkeypatch, aim, count):
-    monkeypatch.setattr(lookup.Where, "times", lambda *args: {"whole": always(2.0), "small": always(1.0)})
-    assert lookup.Where("eager", 1, torch.device("cpu")).looks(None, None, aim) == [(2.0, 1.0)] * count
+    network, seen = torch.fx.GraphModule(torch.nn.Module(), torch.fx.Graph()), []
+    network.meta["input_size"] = (3, 8, 8)
+    monkeypatch.setattr(lookup.Where, "times", lambda self, subjects, seconds: seen.append(subjects) or {"whole": always(2.0), "small": always(1.0)})
+    assert lookup.Where("eager", 1, torch.device("cpu")).looks(network, network, aim) == [(2.0, 1.0)] * count
+    assert all(subjects is seen[0] for subjects in seen)  # which are exported once
 
 
 def test_what_hinders_some_looks_does_not_move_the_share():
@@ -167,8 +170,8 @@ def test_a_latency_that_cannot_be_had_is_one_line(here, formula, capsys, options
 def test_the_least_divisor_that_pays_is_taken(here, monkeypatch, capsys, penalty, expected):
     """Time is that of the MACs, and a share more at some divisors."""
 
-    def times(self, networks, seconds):
-        macs = {name: sum(count_macs(network, (3, 16, 16)).values()) for name, network in networks.items()}
+    def times(self, subjects, seconds):
+        macs = {subject.name: sum(count_macs(subject.network, (3, 16, 16)).values()) for subject in subjects}
         return {name: always(n * (1 + penalty.get(int(name) if name.isdigit() else 0, 0.0))) for name, n in macs.items()}
 
     monkeypatch.setattr(lookup.Where, "times", times)

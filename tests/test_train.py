@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import timm
 import torch
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -22,6 +23,7 @@ from s2h_cli.config import Recipe
 from s2h_cli.source import load_source
 from s2h_cli.teacher import Teacher
 from s2h_cli.train import checkpoint, loop
+from s2h_cli.train.recipe import make_scheduler
 
 RESULTS = ("model.safetensors", "plan.json", "summary.csv", "widths.csv")
 PLAIN = ["prune", "net.py:plain", *PRUNE[2:]]
@@ -315,6 +317,31 @@ def test_the_optimizer_forgets_the_gradients_of_the_search(here, options, ago):
     assert s2h(*PRUNE, "--epochs", "8", "-o", "run", *options) == 0
     (file,) = (here / "run" / "checkpoints").iterdir()
     assert {int(state["step"]) for state in checkpoint.load(file)["optimizer"]["state"].values()} == {ago}
+
+
+def test_an_optimizer_that_counts_elsewhere_forgets_too(here):
+    assert s2h(*PRUNE, "--epochs", "8", "-o", "run", "--opt", "lamb") == 0
+    assert {group["step"] for group in checkpoint.load(here / "run" / "checkpoints" / "last")["optimizer"]["param_groups"]} == {18}
+
+
+def test_the_rate_that_is_shown_is_that_of_the_last_layer():
+    network = timm.create_model("test_vit", num_classes=3)
+    method = type("Plain", (), {"network": network})()
+    training = loop.Training(method, Recipe(epochs=1, lr=0.5, layer_decay=0.5, warmup_epochs=0), 1, 3)
+    rates = [group["lr"] for group in training.optimizer.param_groups]
+    assert max(rates) < 0.51 and min(rates) < 0.1 and training.lr == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize("sched, falls", [("step", [4, 8]), ("multistep", [6, 9])])
+def test_schedules_of_steps_fall_within_the_run(sched, falls):
+    weights = torch.nn.Linear(2, 2)
+    optimizer = torch.optim.SGD(weights.parameters(), lr=1.0)
+    scheduler = make_scheduler(optimizer, Recipe(epochs=12, lr=1.0, sched=sched, warmup_epochs=0), updates=5)
+    rates = []
+    for update in range(60):
+        scheduler.step_update(update)
+        rates.append(optimizer.param_groups[0]["lr"])
+    assert [round(i / 5) for i in range(1, 60) if rates[i] != rates[i - 1]] == falls
 
 
 def test_a_start_without_trained_weights_teaches_no_one(here, capsys):

@@ -13,8 +13,8 @@ import torch
 from torch.utils.tensorboard import SummaryWriter
 
 from ..config import Config
-from ..errors import UserError
-from ..files import writing
+from ..errors import UserError, why
+from ..files import writing, written
 
 LOGS = ("wandb",)
 WIDTHS, GATES = "widths.csv", "gates.csv"
@@ -29,45 +29,49 @@ class Curves:
         folder: of the run.
         part: of a method, see `s2h_cli.methods`.
         steps: an epoch.
-        done: epochs of earlier sessions; what they wrote stays, what was written of an epoch that did not end goes.
+        done, position: epochs of earlier sessions, and steps of the one after; what was written of later ones goes.
         ending: of the columns that are this part's.
     """
 
-    def __init__(self, folder: Path, part: Any, steps: int, done: int = 0, ending: str = ""):
-        self.folder, self.part, self.steps, self.done, self.ending = folder, part, steps, done, ending
+    def __init__(self, folder: Path, part: Any, steps: int, done: int = 0, position: int = 0, ending: str = ""):
+        self.folder, self.part, self.steps, self.next, self.ending = folder, part, steps, done * steps + position + 1, ending
         self.widths, self.gates = (read_table(folder / name)[1][:done] for name in (WIDTHS, GATES))
 
     def __enter__(self) -> "Curves":
-        self.writer = SummaryWriter(str(self.folder / "tensorboard"), purge_step=self.done * self.steps + 1 if self.done else None)
+        with written(self.folder):
+            self.writer = SummaryWriter(str(self.folder / "tensorboard"), purge_step=self.next)
         return self
 
     def __exit__(self, *_: Any) -> None:
-        self.writer.close()
+        with written(self.folder):
+            self.writer.close()
 
     def step(self, epoch: int, step: int, facts: dict[str, float]) -> None:
-        for name, value in facts.items():
-            kind = "train" if name == "images_per_second" or "ratio" in name else "loss"
-            self.writer.add_scalar(f"{kind}/{name}", value, epoch * self.steps + step)
+        with written(self.folder):
+            for name, value in facts.items():
+                kind = "train" if name == "images_per_second" or "ratio" in name else "loss"
+                self.writer.add_scalar(f"{kind}/{name}", value, epoch * self.steps + step)
 
     def epoch(self, row: dict[str, Any], seconds: float) -> None:
-        at = row["epoch"] * self.steps
-        for name, value in row.items():
-            if name.startswith("top1_") and name.endswith(self.ending):
-                self.writer.add_scalar(f"top1/{name.removeprefix('top1_').removesuffix(self.ending)}", value, at)
-        if "top1_soft" + self.ending in row:
-            self.writer.add_scalar("top1/soft minus hard", row["top1_soft" + self.ending] - row["top1_hard" + self.ending], at)
-        self.writer.add_scalar("train/lr", row["lr"], at)
-        self.writer.add_scalar("train/seconds an epoch", seconds, at)
-        groups = self.part.plan.space.groups
-        shares = self.part.expected_widths() / np.array([group.size for group in groups])
-        self.widths.append(shares.tolist())
-        gates = self.part.gates_now().detach().float().cpu()
-        self.gates.append(torch.histc(gates, BINS, 0, 1).tolist())
-        self.writer.add_histogram("gates", gates, at)
-        # One row a group, in the order of the network, one column an epoch; white is whole.
-        image = torch.tensor(self.widths, dtype=torch.float32).T[None]
-        self.writer.add_image("width of each group over the epochs", image.repeat_interleave(8, 1).repeat_interleave(8, 2), at)
-        self.writer.flush()
+        with written(self.folder):
+            at = row["epoch"] * self.steps
+            for name, value in row.items():
+                if name.startswith("top1_") and name.endswith(self.ending):
+                    self.writer.add_scalar(f"top1/{name.removeprefix('top1_').removesuffix(self.ending)}", value, at)
+            if "top1_soft" + self.ending in row:
+                self.writer.add_scalar("top1/soft minus hard", row["top1_soft" + self.ending] - row["top1_hard" + self.ending], at)
+            self.writer.add_scalar("train/lr", row["lr"], at)
+            self.writer.add_scalar("train/seconds an epoch", seconds, at)
+            groups = self.part.plan.space.groups
+            shares = self.part.expected_widths() / np.array([group.size for group in groups])
+            self.widths.append(shares.tolist())
+            gates = self.part.gates_now().detach().float().cpu()
+            self.gates.append(torch.histc(gates, BINS, 0, 1).tolist())
+            self.writer.add_histogram("gates", gates, at)
+            # One row a group, in the order of the network, one column an epoch; white is whole.
+            image = torch.tensor(self.widths, dtype=torch.float32).T[None]
+            self.writer.add_image("width of each group over the epochs", image.repeat_interleave(8, 1).repeat_interleave(8, 2), at)
+            self.writer.flush()
         with writing(self.folder) as aside:
             write_table(aside / WIDTHS, [group.name for group in groups], self.widths)
             write_table(aside / GATES, [f"{i / BINS:.2f} to {(i + 1) / BINS:.2f}" for i in range(BINS)], self.gates)
@@ -103,4 +107,7 @@ def start_log(config: Config, folder: Path) -> None:
     if config.log == "wandb":
         import wandb
 
-        wandb.init(project="s2h", name=folder.name, dir=str(folder), config=asdict(config), sync_tensorboard=True)
+        try:
+            wandb.init(project="s2h", name=folder.name, dir=str(folder), config=asdict(config), sync_tensorboard=True)
+        except Exception as error:  # no login, no network: its own errors
+            raise UserError(f"--log wandb does not start ({why(error)}); log in with: wandb login, or set WANDB_MODE=offline") from error

@@ -2,15 +2,28 @@
 
 from __future__ import annotations
 
-from typing import Callable, Iterable
+from contextlib import contextmanager
+from typing import Callable, Iterable, Iterator
 
 import torch
 from fvcore.nn.precise_bn import get_bn_modules, update_bn_stats
 from torch import nn
 
 from .. import distributed
+from ..errors import UserError
 
 Batch = tuple[torch.Tensor, torch.Tensor]
+
+
+@contextmanager
+def enough_images() -> Iterator[None]:
+    """Says it as a UserError if batch norm has one value a channel to take statistics of."""
+    try:
+        yield
+    except ValueError as error:
+        if "more than 1 value per channel" not in str(error):
+            raise
+        raise UserError("batch norm cannot train on 1 image a step at this size; raise --batch-size or --img-size") from error
 
 
 def restate(network: nn.Module, batches: list[torch.Tensor], device: torch.device | str) -> None:
@@ -24,7 +37,8 @@ def restate(network: nn.Module, batches: list[torch.Tensor], device: torch.devic
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
             module.train()
     if norms := get_bn_modules(network):
-        update_bn_stats(network, (images.to(device) for images in batches), num_iters=len(batches))
+        with enough_images():
+            update_bn_stats(network, (images.to(device) for images in batches), num_iters=len(batches))
         for norm in norms:
             distributed.mean(norm.running_mean)
             distributed.mean(norm.running_var)

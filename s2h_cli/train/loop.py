@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader
 from .. import distributed
 from ..config import Recipe
 from ..errors import UserError, why
-from .evaluate import Batch, restate, top1
+from .evaluate import Batch, enough_images, restate, top1
 from .recipe import AMP_DTYPES, make_criterion, make_ema, make_mixup, make_optimizer, make_scheduler
 
 #: Images over which batch-norm statistics are re-estimated before an evaluation.
@@ -72,6 +72,8 @@ class Training:
             self.pending = update
             if self.method.start_step(update / (self.recipe.epochs * self.updates)):
                 self.optimizer.state.clear()
+                for group in self.optimizer.param_groups:
+                    group.pop("step", None)  # where timm's lamb and adan count
             for optimizer in self.optimizers():
                 optimizer.zero_grad()
         last = position % accumulate == 0 or position == self.batches
@@ -81,6 +83,12 @@ class Training:
         if last:
             self.finish()
         self.position = position
+
+    @property
+    def lr(self) -> float:
+        """The learning rate, of the last layer where it decays from one to the one below."""
+        group = self.optimizer.param_groups[0]
+        return group["lr"] / group.get("lr_scale", 1.0)
 
     def finish(self) -> None:
         """Changes the weights by the gradients that were added up, if there are any."""
@@ -102,7 +110,7 @@ class Training:
             criterion, terms = self.taught(images), {}
             for run in (passes := self.method.passes):
                 with nullcontext() if last and run == passes[-1] or isinstance(self.run, _Pass) else self.run.no_sync():
-                    with self.autocast():
+                    with self.autocast(), enough_images():
                         found = self.run(run, images, targets, criterion)
                     self.method.backward({name: self.scaler.scale(term / self.recipe.grad_accum_steps) for name, term in found.items()})
                 terms |= {name: term.detach() for name, term in found.items()}
@@ -112,10 +120,6 @@ class Training:
             half = max(1, self.recipe.batch_size // 2)
             raise UserError(f"out of memory at --batch-size {self.recipe.batch_size}; try --batch-size {half} --grad-accum-steps "
                             f"{2 * self.recipe.grad_accum_steps}" + ("" if self.recipe.amp else ", or --amp")) from error
-        except ValueError as error:
-            if "more than 1 value per channel" not in str(error):
-                raise
-            raise UserError(f"batch norm cannot train on {len(images)} image a step at this size; raise --batch-size or --img-size") from error
         return terms
 
     def taught(self, images: torch.Tensor) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
@@ -261,7 +265,7 @@ def fit(method: Any, train: DataLoader, val: DataLoader, recipe: Recipe, watcher
         training.finish()
         if epoch + 1 == recipe.epochs:
             method.start_step(1.0)  # however short the schedule, it ends with what its end asks for
-        row = {"epoch": epoch + 1, "lr": training.optimizer.param_groups[0]["lr"], **ratios(method)}
+        row = {"epoch": epoch + 1, "lr": training.lr, **ratios(method)}
         row |= {f"loss_{name}": value for name, value in training.losses().items()}
         row |= training.evaluate(batches, val)
         training.rows.append(row)

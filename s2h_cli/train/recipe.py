@@ -7,8 +7,7 @@ import math
 from typing import Callable
 
 import torch
-from timm.data import Mixup
-from timm.data.auto_augment import auto_augment_transform, rand_augment_transform
+from timm.data import Mixup, create_transform
 from timm.loss import SoftTargetCrossEntropy
 from timm.optim import create_optimizer_v2, list_optimizers
 from timm.scheduler import create_scheduler_v2
@@ -16,6 +15,7 @@ from timm.scheduler.scheduler import Scheduler
 from timm.utils import ModelEmaV3
 from torch import nn
 
+from .. import distributed
 from ..config import Recipe
 from ..errors import UserError, why
 
@@ -38,8 +38,11 @@ def check(recipe: Recipe) -> None:
             raise UserError(f"{flag(name)} {value:g} must be at least 0 and below 1; try {example:g}")
     if min(recipe.mixup, recipe.cutmix) < 0:
         raise UserError("--mixup and --cutmix must not be negative; try --mixup 0.2 --cutmix 1.0, or 0 for none")
-    if (recipe.mixup or recipe.cutmix) and recipe.batch_size % 2:
-        raise UserError(f"--mixup and --cutmix mix pairs of images; make --batch-size {recipe.batch_size} even")
+    if (recipe.mixup or recipe.cutmix) and recipe.batch_size % (2 * distributed.WORLD):
+        raise UserError(f"--mixup and --cutmix mix pairs of images; make --batch-size {recipe.batch_size} a multiple of {2 * distributed.WORLD}")
+    for name, value in (("min_lr", recipe.min_lr), ("color_jitter", recipe.color_jitter)):
+        if value is not None and not value >= 0:
+            raise UserError(f"{flag(name)} {value:g} must not be negative")
     if recipe.amp_dtype not in AMP_DTYPES:
         raise UserError(f"no --amp-dtype {recipe.amp_dtype}; choose from {', '.join(AMP_DTYPES)}")
     if recipe.opt.lower() not in list_optimizers():
@@ -48,15 +51,16 @@ def check(recipe: Recipe) -> None:
     weight = nn.Parameter(torch.ones(2, 2))
     weight.grad = torch.ones(2, 2)
     try:
-        create_optimizer_v2([weight], opt=recipe.opt, lr=0.1).step()
+        create_optimizer_v2([weight], opt=recipe.opt, lr=0.1, momentum=recipe.momentum).step()
     except Exception as error:  # packages that are missing, second derivatives, a GPU: each says so in its own way
-        raise UserError(f"--opt {recipe.opt} does not work here ({why(error)}); take another, such as adamw") from error
+        raise UserError(f"--opt {recipe.opt} with --momentum {recipe.momentum:g} does not work here ({why(error)}); take another, such as adamw") from error
     if recipe.sched not in SCHEDULES:
         raise UserError(f"no schedule {recipe.sched!r}; choose from {', '.join(SCHEDULES)}")
     if recipe.aa:
+        if recipe.color_jitter and not recipe.aa.startswith("3a"):
+            raise UserError(f"--aa {recipe.aa} takes the place of --color-jitter; leave one of them away")
         try:
-            make = rand_augment_transform if recipe.aa.startswith("rand") else auto_augment_transform
-            make(recipe.aa, {"translate_const": 1})
+            create_transform(32, is_training=True, auto_augment=recipe.aa)
         except Exception as error:  # asserts and key errors of timm's parser
             raise UserError(f"--aa {recipe.aa} is no augmentation policy of timm; try rand-m9-mstd0.5-inc1 or original") from error
 
@@ -79,11 +83,13 @@ def make_optimizer(network: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
 
 
 def make_scheduler(optimizer: torch.optim.Optimizer, recipe: Recipe, updates: int) -> Scheduler:
-    """The schedule over `updates` updates of the weights an epoch; a twentieth of the epochs warms up, a hundredth of the rate stays."""
+    """The schedule over `updates` updates of the weights an epoch; a twentieth of the epochs warms up, a hundredth of the rate stays. `step` falls to
+    a tenth after each third of the epochs, `multistep` after one half and three quarters."""
     warmup = recipe.epochs // 20 if recipe.warmup_epochs is None else min(recipe.warmup_epochs, recipe.epochs)
     least = recipe.lr * 0.01 if recipe.min_lr is None else recipe.min_lr
     scheduler, _ = create_scheduler_v2(optimizer, sched=recipe.sched, num_epochs=recipe.epochs, step_on_epochs=False,
-                                       warmup_epochs=warmup, warmup_lr=recipe.lr * 0.01, min_lr=least, updates_per_epoch=updates)
+                                       warmup_epochs=warmup, warmup_lr=recipe.lr * 0.01, min_lr=least, updates_per_epoch=updates,
+                                       decay_epochs=max(1, recipe.epochs // 3), decay_milestones=[recipe.epochs // 2, recipe.epochs * 3 // 4])
     return scheduler
 
 
