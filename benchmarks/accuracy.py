@@ -138,7 +138,7 @@ def main() -> None:
                         append(path, {"scenario": scenario, "row": name, "flops": flops, "seed": seed, **found,
                                       "torch": torch.__version__, "timm": timm.__version__,
                                       "command": f"python benchmarks/accuracy.py {args.table} FOLDER --scenario {scenario} --flops {flops:g} --seeds {seed} --rows '{name}'"})
-    print(summary(path, [*ROWS, *WHOLE]))
+    print(verdict(path) + "\n\n" + summary(path, [*ROWS, *WHOLE]))
     print("\nAblations:\n\n" + summary(path, list(ABLATIONS)))
     print("\nBefore:\n\n" + summary(path, [row["row"] for row in read(path) if row["row"].startswith(FADING)], FADING))
 
@@ -409,6 +409,32 @@ def append(path: Path, found: dict[str, Any]) -> None:
     print({name: found.get(name) for name in COLUMNS[:12]}, flush=True)
 
 
+def verdict(path: Path) -> str:
+    """A Markdown table of `ROWS` on disk: how far S2H at the same seeds is above each, in bold where that is more than two standard errors of the mean."""
+    cells: dict[tuple[str, str], dict[str, list[dict[str, str]]]] = defaultdict(lambda: defaultdict(list))
+    for row in read(path):
+        cells[row["scenario"], row["flops"]][row["row"]].append(row)
+    columns = sorted(column for column in cells if cells[column]["s2h"])
+    lines = ["| S2H is above | " + " | ".join(f"{scenario} {flops}" for scenario, flops in columns) + " |", "|" + "---|" * (len(columns) + 1)]
+    for name in ROWS:
+        found = [above(cells[column][name], cells[column]["s2h"]) for column in columns]
+        if name != "s2h" and any(found):
+            lines.append(f"| {name} | " + " | ".join(bold(values) for values in found) + " |")
+    return "\n".join(lines)
+
+
+def above(rows: list[dict[str, str]], ours: list[dict[str, str]]) -> list[float]:
+    """How far the hard network of `ours` is above that of `rows`, by seed."""
+    hard = {row["seed"]: float(row["hard"]) for row in ours}
+    return [hard[row["seed"]] - float(row["hard"]) for row in rows if row["seed"] in hard]
+
+
+def bold(values: list[float]) -> str:
+    text = with_error(values) if values else ""
+    sure = len(values) > 2 and abs(statistics.mean(values)) > 2 * standard_error(values)
+    return f"**{text}**" if sure else text
+
+
 def summary(path: Path, names: list[str], against: str = "s2h") -> str:
     """A Markdown table of the rows of these names on disk: means over the seeds; of the hard network's accuracy, and of how far S2H (the row `against`)
     at the same seeds is above it, with the standard error of the mean."""
@@ -419,17 +445,20 @@ def summary(path: Path, names: list[str], against: str = "s2h") -> str:
     for (scenario, flops, name), rows in sorted(cells.items(), key=lambda cell: (cell[0][:2], -mean(cell[1], "hard"))):
         if name not in names:
             continue
-        ours = {row["seed"]: float(row["hard"]) for row in cells[scenario, flops, against]}
-        above = [ours[row["seed"]] - float(row["hard"]) for row in rows if row["seed"] in ours and name != against]
+        ahead = above(rows, cells[scenario, flops, against]) if name != against else []
         shown = [f"{mean(rows, c):.{d}f}" if any(row[c] for row in rows) else "" for c, d in (("soft", 2), ("gap", 2), ("js", 4), ("l2", 2), ("units", 1), ("seconds", 0))]
         lines.append(f"| {scenario} | {flops} | {name} | {len(rows)} | {rows[0]['epochs']} | {with_error([float(row['hard']) for row in rows])} | "
-                     f"{with_error(above) if above else ''} | {' | '.join(shown)} |")
+                     f"{with_error(ahead) if ahead else ''} | {' | '.join(shown)} |")
     return "\n".join(lines)
 
 
 def with_error(values: list[float]) -> str:
-    error = f" ± {statistics.stdev(values) / len(values) ** 0.5:.2f}" if len(values) > 1 else ""
+    error = f" ± {standard_error(values):.2f}" if len(values) > 1 else ""
     return f"{statistics.mean(values):.2f}{error}"
+
+
+def standard_error(values: list[float]) -> float:
+    return statistics.stdev(values) / len(values) ** 0.5
 
 
 def mean(rows: list[dict[str, str]], column: str) -> float:
