@@ -26,6 +26,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "tests"))
 import test_report  # noqa: E402
 
+from s2h_cli import bench as bench_module
 from s2h_cli import data, load  # noqa: E402
 from s2h_cli.source import load_source  # noqa: E402
 
@@ -69,10 +70,16 @@ def measured(model: str, folder: Path, args: argparse.Namespace) -> dict[str, An
         found["params"] = sum(p.numel() for p in small.parameters()) / sum(p.numel() for p in whole.parameters())
     if "latency" in args.parts:
         s2h(*prune, "--latency", args.latency, "--latency-format", args.latency_format, "--latency-batch", args.latency_batch, "--epochs", 0, "-o", folder / "latency")
-        found["latency_at_end"] = json.loads((folder / "latency" / "bench.json").read_text())["pairs"][0]["share"]  # the run's own, before bench adds to it
+        found["latency_at_end"] = share_of(json.loads((folder / "latency" / "bench.json").read_text()))  # the run's own, before bench adds to it
         found["latency"] = sorted(bench(folder / "latency", args.latency_format, args.latency_batch) for _ in range(MEASUREMENTS))
         found["latency_errors"] = [share / args.latency - 1 for share in (found["latency_at_end"], statistics.median(found["latency"]))]
     return found
+
+
+def share_of(found: dict[str, Any]) -> float:
+    """Of the whole network's time, by the figures of `bench.json`."""
+    (share,) = bench_module.shares(found["pairs"][0], found["rows"]).values()
+    return share
 
 
 def s2h(*words: Any) -> str:

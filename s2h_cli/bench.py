@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Callable
 
@@ -42,6 +43,8 @@ def bench(items: list[str], *, formats: list[str], batches: list[int], img_size:
     unknown = [name for name in formats if name not in latency.FORMATS]
     if unknown:
         raise UserError(f"no --format {unknown[0]}; choose from {', '.join(latency.FORMATS)}")
+    if lacks := [name for name in formats if name not in latency.installed()]:
+        raise UserError(f"--format {lacks[0]} needs a package that is not installed: pip install {lacks[0]}")
     where, threads = pick_device(device), threads or torch.get_num_threads()
     subjects, pairs = {}, []
     for item in items:
@@ -70,12 +73,20 @@ def bench(items: list[str], *, formats: list[str], batches: list[int], img_size:
 
 
 def pair(name: str, whole: fx.GraphModule, small_name: str, small: fx.GraphModule, macs: float, where: lookup.Where,
-         seconds: float) -> dict[str, Any]:
-    """A network and what it was cut to: data as `bench` returns them, without kinds and reasons."""
-    subjects = [latency.Subject(f"{name}, {whole.meta['input_size'][-1]} px", whole.meta["input_size"], whole),
-                latency.Subject(small_name, whole.meta["input_size"], small)]
-    rows = latency.compare(subjects, [where.format], [where.batch], where.device, torch.get_num_threads(), seconds)
-    before, after = (subject.name for subject in subjects)
+         limited: bool) -> dict[str, Any]:
+    """A network and what it was cut to: data as `bench` returns them, without kinds and reasons.
+
+    Args:
+        limited: by `--latency`; so they are measured as they were when the widths were chosen, a block a look, and not in an instant.
+    """
+    before, after = f"{name}, {whole.meta['input_size'][-1]} px", small_name
+    if limited:
+        looks = where.looks(whole, small)
+        rows = [{"format": where.format, "batch": where.batch, "network": network, "timing": asdict(latency.Timing.of(list(seconds)))}
+                for network, seconds in zip((before, after), zip(*looks))]
+    else:
+        subjects = [latency.Subject(network, whole.meta["input_size"], module) for network, module in ((before, whole), (after, small))]
+        rows = latency.compare(subjects, [where.format], [where.batch], where.device, torch.get_num_threads(), seconds=0)
     return {"place": latency.describe(where.device, torch.get_num_threads()), "rows": rows,
             "pairs": [{"before": before, "after": after, "macs": macs, "kinds": {}, "reasons": []}]}
 
@@ -106,7 +117,8 @@ def subjects_of(item: str, img_size: int | None) -> list[latency.Subject]:
     run, metadata = exports.load_artifact(item), exports.read_metadata(item)
     if "input_size" not in metadata:
         raise UserError(f"'{item}' does not tell its input size: s2h did not write it; give a run or its files")
-    return [latency.Subject(item, metadata["input_size"], *((run,) if format == "pt2" else (None, {format: Path(item)})))]
+    found = {"network": run} if format == "pt2" else {"files": {format: Path(item)}}
+    return [latency.Subject(item, metadata["input_size"], batch=metadata.get("batch"), **found)]
 
 
 def whole_network(plan: dict[str, Any]) -> fx.GraphModule:
@@ -120,16 +132,16 @@ def whole_network(plan: dict[str, Any]) -> fx.GraphModule:
     return capture(source.module, source.input_size).network
 
 
-def times(pair: dict[str, Any], rows: list[dict[str, Any]], which: str = "median") -> dict[tuple[str, int], tuple[float, float]]:
-    """Seconds before and after, by format and batch, where both were timed: a field of `latency.Timing`."""
-    found = {(row["format"], row["batch"], row["network"]): row["timing"][which] for row in rows if "timing" in row}
+def times(pair: dict[str, Any], rows: list[dict[str, Any]]) -> dict[tuple[str, int], tuple[float, float]]:
+    """Seconds before and after, by format and batch, where both were timed: the least of each (see `latency.compare`)."""
+    found = {(row["format"], row["batch"], row["network"]): row["timing"]["least"] for row in rows if "timing" in row}
     return {(format, batch): (found[format, batch, pair["before"]], after) for (format, batch, name), after in found.items()
             if name == pair["after"] and (format, batch, pair["before"]) in found}
 
 
 def shares(pair: dict[str, Any], rows: list[dict[str, Any]]) -> dict[tuple[str, int], float]:
-    """Time after / time before, the least of each, by format and batch."""
-    return {where: after / before for where, (before, after) in times(pair, rows, "least").items()}
+    """Time after / time before, by format and batch."""
+    return {where: after / before for where, (before, after) in times(pair, rows).items()}
 
 
 def rows_with_shares(found: dict[str, Any]) -> list[tuple[dict[str, Any], float | None]]:

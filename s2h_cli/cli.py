@@ -29,6 +29,8 @@ MODEL = typer.Argument(metavar="MODEL", help="A timm name (resnet50), torchvisio
 DATA = typer.Option(help="A folder with train/ and val/, a folder of class folders, 'digits', or a timm data set such as torch/cifar100.",
                     show_default=False)
 
+#: What typer returns after Ctrl-C.
+INTERRUPTED = 130
 SKIP = typer.Option("--skip-bad-images", help="Leave unreadable images out.")
 
 
@@ -133,8 +135,9 @@ def run_job(recipe: str | None, config: Path | None, resume: bool, dry_run: bool
     if any(result["failed"] for result in results):
         fail("; ".join(text for result in results for text in result["failed"]))
     if results:
-        folder = results[0]["folder"]
-        console.print(f"Next:\n  s2h inspect {folder}\n  s2h export {folder} --format onnx", soft_wrap=True)
+        folder, *others = (result["folder"] for result in results)
+        compare = f"\n  s2h report {' '.join(map(str, [folder, *others]))}" if others else ""
+        console.print(f"Next:\n  s2h inspect {folder}\n  s2h export {folder} --format onnx{compare}", soft_wrap=True)
 
 
 @app.command(epilog="Example: s2h inspect resnet50")
@@ -171,11 +174,11 @@ def export(
 ) -> None:
     """Write the network of RUN in other formats, load each back and compare."""
     from . import run
+    from .report import tables
 
     found, failed = run.export(folder, format, opset=opset, batch=batch, half=fp16, int8=int8, spec=data, skip_bad_images=skip_bad_images, workers=workers)
-    for name, facts in found.items():
-        accuracy = f"  top-1 {facts['top1']:.2f} %" if "top1" in facts else ""
-        print(f"{folder / name}  {facts['bytes'] / 1e6:.2f} MB  largest relative difference {facts['difference']:.1e}{accuracy}")
+    if found:
+        tables.show(tables.exported(folder, found))
     if failed:
         fail("; ".join(failed))
 
@@ -245,7 +248,7 @@ def bench(
     as_json: Annotated[bool, typer.Option("--json", help="Print the figures as JSON.")] = False,
 ) -> None:
     """Measure how long results and models take on this machine, in turn, so that noise hits all alike."""
-    from . import bench, latency
+    from . import latency, run
     from .report import tables
 
     batches = sorted({int(n) for n in batch.split(",") if n.strip().isdecimal() and int(n) > 0})
@@ -253,7 +256,7 @@ def bench(
         fail(f"--batch {batch} is no number of images; give one, such as 1, or several, such as 1,32")
     formats = format.split(",") if format else latency.installed()
     with tables.console(stderr=True).status("loading") as status:
-        found = bench.bench(items, formats=formats, batches=batches, img_size=img_size, device=device, threads=threads, seconds=seconds,
+        found = run.timed(items, formats=formats, batches=batches, img_size=img_size, device=device, threads=threads, seconds=seconds,
                             told=lambda what: status.update(f"timing {what}"))
     failed = [f"{row['network']} in {row['format']}: {row['failed']}" for row in found["rows"] if "failed" in row] + found.pop("not_kept")
     if as_json:
@@ -266,7 +269,7 @@ def bench(
 
 @app.command("eval", epilog="Example: s2h eval runs/resnet18-f0.35/model.onnx --data digits")
 def evaluate(
-    artifact: Annotated[Path, typer.Argument(metavar="RUN | FILE", help="The folder of a run, or its model.onnx, model.ts or model.pt2.")],
+    artifact: Annotated[str, typer.Argument(metavar="RUN | FILE", help="The folder of a run, or its model.onnx, model.ts or model.pt2.")],
     data: Annotated[str, DATA],
     batch_size: Annotated[int, typer.Option(min=1, help="Images per step.")] = 64,
     workers: Annotated[int, typer.Option(min=0, help="Processes that load images.")] = 4,
@@ -290,6 +293,8 @@ def main(args: list[str] | None = None) -> None:
     args = (sys.argv[1:] if args is None else args) or ["--help"]
     try:
         code = app(args=args, standalone_mode=False)
+        if code == INTERRUPTED:
+            raise KeyboardInterrupt
     except UserError as error:
         fail(str(error))
     except PermissionError as error:

@@ -88,7 +88,7 @@ class Config(Recipe):
     @property
     def shares(self) -> dict[str, str]:
         """What of which cost may remain, as the options take it."""
-        found = {kind: [repr(share) for budget in self.budgets if (share := budget.shares.get(kind)) is not None] for kind in KINDS}
+        found = {kind: [repr(share).removesuffix(".0") for budget in self.budgets if (share := budget.shares.get(kind)) is not None] for kind in KINDS}
         return {kind: ",".join(dict.fromkeys(values)) for kind, values in found.items() if values} | ({"latency": self.latency} if self.latency else {})
 
     def command(self, *extra: str) -> str:
@@ -126,8 +126,8 @@ def configure(given: dict[str, Any], recipe: str | None = None, file: Path | Non
     if settings.get("method") == "dense":
         settings |= {kind: given.get(kind) for kind in KINDS} | {"flops": given.get("flops", 1.0)}  # not an earlier run's
     limited = any(settings.get(kind) is not None for kind in KINDS)
-    for name, example in (("model", "resnet50"), ("data", "--data ./imagenet"), ("flops", "--flops 0.35")):
-        if not limited if name == "flops" else name not in settings:
+    for name, example in (("model", "resnet50"), ("data", "--data ./imagenet"), ("budget", "--flops 0.35 (or --params, --latency)")):
+        if not limited if name == "budget" else name not in settings:
             raise UserError(f"no {name} is given; name it, such as {example}, or a --config FILE that has it")
     if isinstance(settings.get("flops"), list):  # of a file
         settings["flops"] = ",".join(map(repr, settings["flops"]))
@@ -136,8 +136,10 @@ def configure(given: dict[str, Any], recipe: str | None = None, file: Path | Non
             raise UserError(f"--divisor {divisor} is no number; give one such as 8, or auto")
         settings["divisor"] = int(divisor)
     if settings.get("latency") is not None:
-        settings["latency"] = str(settings["latency"])  # a number, of a file
-        latency_share(settings["latency"], 1.0)
+        text = settings["latency"] = str(settings["latency"])  # a number, of a file
+        share = latency_share(text, 1.0)
+        if share <= 0 or (share >= 1 and not text.endswith("ms")):
+            raise UserError(f"--latency {text} is no share of the latency; give a number between 0 and 1, such as 0.5, or milliseconds, such as {text if share > 0 else 4}ms")
     if isinstance(settings.get("flops"), str):
         settings["flops"] = _budgets(settings["flops"])
     return Config(**settings)
@@ -183,6 +185,16 @@ def earlier(path: Path) -> Config:
         UserError: it cannot be read.
     """
     return configure(_read(path, Config))
+
+
+def of_result(folder: Path) -> tuple[Path, Config | None]:
+    """The folder of the run that a result is of, its own or, for one of several budgets, the one above; and the run's settings, if they are there.
+
+    Raises:
+        UserError: `args.yaml` cannot be read.
+    """
+    home = folder if (folder / "args.yaml").exists() else folder.parent
+    return home, earlier(home / "args.yaml") if (home / "args.yaml").exists() else None
 
 
 def resumed(config: Config, folder: Path) -> Config:

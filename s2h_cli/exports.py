@@ -26,6 +26,8 @@ from .program import Program, cpu_copy, random_images
 
 #: Where the metadata lie: an extra file of TorchScript and pt2, a property of ONNX.
 METADATA = "s2h.json"
+#: The least opset that torch's exporter writes by itself.
+EXPORTERS_OPSET = 18
 #: The largest difference from the network that `check` lets pass, relative to the largest logit.
 TOLERANCE = 1e-4
 #: The same where it computes in float16, whose last place is 1e-3 of a number: a deep network that is hardly trained adds it up to 5e-2.
@@ -65,21 +67,47 @@ def _remember_sizes(model: fx.GraphModule) -> None:
 
 
 def _write_onnx(program: Program, file: Path, metadata: str) -> None:
+    import onnx
+
     free = ({0: "batch"},) if program.model.meta["static_batch"] is None else None  # the batch is free already: this names it
+    lower = program.opset is not None and program.opset < EXPORTERS_OPSET
     for optimize in (True, False):  # the exporter's own rewriting breaks some networks
-        onnx = torch.onnx.export(program.exported, dynamo=True, input_names=["images"], output_names=["logits"], dynamic_shapes=free,
-                                 verbose=False, optimize=optimize, opset_version=program.opset)
-        written = onnx.model.opset_imports[""]
-        if program.opset not in (None, written):
-            raise RuntimeError(f"the exporter wrote opset {written}, not {program.opset}")
-        onnx.model.metadata_props[METADATA] = metadata
-        onnx.save(str(file))  # weights inside, unless they are too much for one file
+        written = torch.onnx.export(program.exported, dynamo=True, input_names=["images"], output_names=["logits"], dynamic_shapes=free,
+                                    verbose=False, optimize=optimize, opset_version=EXPORTERS_OPSET if lower else program.opset)
+        if not lower and program.opset not in (None, got := written.model.opset_imports[""]):
+            raise RuntimeError(f"the exporter wrote opset {got}, not {program.opset}; leave --opset away or give one that it knows")
+        written.model.metadata_props[METADATA] = metadata
+        if lower:
+            onnx.save(_lowered(written.model_proto, program.opset), file)
+        else:
+            written.save(str(file))  # weights inside, unless they are too much for one file
         try:
             _run_onnx(file)
             return
         except Exception as error:  # onnxruntime raises whatever it likes
             refusal = error
     raise refusal
+
+
+def _lowered(model: Any, opset: int) -> Any:
+    """An ONNX model at an opset below the exporter's least, by ONNX's converter: it wants the axes of reductions as constants of the graph, and leaves
+    an attribute of theirs that older opsets do not know."""
+    import onnx
+
+    reductions = [node for node in model.graph.node if node.op_type.startswith("Reduce")]
+    axes = {name for node in reductions for name in node.input[1:]}
+    moved = [tensor for tensor in model.graph.initializer if tensor.name in axes]
+    for tensor in moved:
+        model.graph.initializer.remove(tensor)
+        model.graph.node.insert(0, onnx.helper.make_node("Constant", [], [tensor.name], value=tensor))
+    for node in reductions:
+        kept = [attribute for attribute in node.attribute if attribute.name != "noop_with_empty_axes" or attribute.i]
+        del node.attribute[:]
+        node.attribute.extend(kept)
+    try:
+        return onnx.version_converter.convert_version(model, opset)
+    except Exception as error:  # the converter raises C++'s errors
+        raise RuntimeError(f"ONNX's converter cannot take this network down to opset {opset} ({why(error)}); from {EXPORTERS_OPSET} on it is not needed") from None
 
 
 def _write_pt2(program: Program, file: Path, metadata: str) -> None:
@@ -196,6 +224,20 @@ def format_of(path: str | os.PathLike) -> str | None:
     return next((name for name, f in EXPORTS.items() if Path(f.file).suffix == Path(path).suffix.lower()), None)
 
 
+def checked_format(path: Path) -> str:
+    """The format of an exported file.
+
+    Raises:
+        UserError: there is no such file, or its name is of no format.
+    """
+    endings = ", ".join(Path(f.file).suffix for f in EXPORTS.values())
+    if not path.is_file():
+        raise UserError(f"{path}: no such file or run; give a run's folder, or a file that ends in {endings}")
+    if (format := format_of(path)) is None:
+        raise UserError(f"{path}: not an artifact; give the run's folder, or a file that ends in {endings}")
+    return format
+
+
 def load_artifact(path: str | os.PathLike) -> Run:
     """What runs a run folder or an exported file; a module, but for ONNX.
 
@@ -205,19 +247,14 @@ def load_artifact(path: str | os.PathLike) -> Run:
     path = Path(path)
     if path.is_dir():
         return load(path)
-    format = format_of(path)
-    if format is None:
-        endings = ", ".join(Path(f.file).suffix for f in EXPORTS.values())
-        raise UserError(f"{path}: not an artifact; give a run folder or a file that ends in {endings}")
-    if not path.is_file():
-        raise UserError(f"{path}: no such file")
+    format = checked_format(path)
     try:
         with quiet():
             return EXPORTS[format].run(path)
     except ImportError as error:
         raise UserError(f"{path}: running it needs the package {error.name}; install it with pip") from error
     except Exception as error:  # loaders raise whatever they like
-        raise UserError(f"{path}: cannot be loaded: {why(error)}") from error
+        raise UserError(f"{path}: cannot be loaded: {why(error)}; export it again") from error
 
 
 def run_artifact(path: str | os.PathLike) -> Run:
@@ -249,7 +286,7 @@ def read_metadata(path: str | os.PathLike) -> dict:
                 text = archive.read(name).decode() if name else "{}"
         return json.loads(text)
     except Exception as error:  # a broken file makes the readers raise whatever they like
-        raise UserError(f"{path}: cannot be read: {why(error)}") from error
+        raise UserError(f"{path}: cannot be read: {why(error)}; export it again") from error
 
 
 def export_all(program: Program, folder: Path, formats: Iterable[str], metadata: dict, kind: str = "") -> tuple[dict[str, Path], list[str]]:

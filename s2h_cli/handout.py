@@ -6,7 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from . import CONVENTION, artifacts, exports
+from .config import Config
 from .files import writing
+from .source import is_run, short_name
 
 SCRIPT = '''"""python {name} IMAGE ...    says what each image shows. Needs {needs}, numpy and pillow."""
 import json
@@ -20,7 +22,7 @@ from PIL import Image
 file = str(Path(__file__).with_name("{file}"))
 {load}
 (channels, *size), mean, std = about["input_size"], np.array(about["mean"], np.float32), np.array(about["std"], np.float32)
-for path in sys.argv[1:]:
+for path in sys.argv[1:] or sys.exit(__doc__):
     image = Image.open(path)
     if image.mode.startswith("I;16"):  # 16 bits of grey, which pillow would clip
         image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
@@ -58,15 +60,15 @@ pipeline_tag: image-classification
 tags: [image-classification, pruning]
 ---
 
-# {model}, {ratio:.3f} of its MACs
+# {title}
 
-A small dense network, cut from {model} in training (method: {method}). It classifies images of {size} px into {count} classes: {classes}.
+{what}. It classifies images of {size} px into {count} classes: {classes}.
 
-| | before | after |
-|---|---|---|
 {rows}
 
 {convention}. Accuracy is top-1 on the validation images of `{data}`.
+
+{files}
 
 ## Use it
 
@@ -90,13 +92,12 @@ model = s2h_cli.load(".")   # this folder, or hf://USER/NAME
 {command}
 ```
 
-With {versions}. `plan.json` says what was kept of each layer, `report.html` what happened. Its weights come from those of {model} and from your
-data: their licences hold for it.
+With {versions}. `plan.json` says what was kept of each layer, `report.html` what happened. Its weights come from {origin}.
 """
 
 
-def write_handout(folder: Path, data: str, method: str, command: str) -> None:
-    """Writes scripts and card into a run folder with its artifacts."""
+def write_handout(folder: Path, config: Config) -> None:
+    """Writes scripts and card into the folder of a result with its artifacts. `config`: the settings of its run."""
     plan = artifacts.read_plan(folder)
     with writing(folder) as aside:
         scripts = []
@@ -106,17 +107,35 @@ def write_handout(folder: Path, data: str, method: str, command: str) -> None:
                 name = f"infer_{format}.py"
                 (aside / name).write_text(SCRIPT.format(name=name, file=file, **parts), encoding="utf-8")
                 scripts.append(f"python {name} image.jpg".ljust(40) + f"# {parts['needs']}")
-        (aside / "README.md").write_text(card(folder, plan, data, method, command, scripts), encoding="utf-8", errors="replace")
+        (aside / "README.md").write_text(card(folder, plan, config, scripts), encoding="utf-8", errors="replace")
 
 
-def card(folder: Path, plan: dict[str, Any], data: str, method: str, command: str, scripts: list[str]) -> str:
+def card(folder: Path, plan: dict[str, Any], config: Config, scripts: list[str]) -> str:
     macs, params, results, classes = plan["macs"], plan["params"], plan["results"], plan["data"]["classes"]
     top1 = results["top1"]
     rows = [("top-1, %", f"{top1['start']:.2f}" if "start" in top1 else "", f"{top1['exported']:.2f}"),
             ("MACs", f"{macs['full']:,}", f"{macs['pruned']:,}"), ("parameters", f"{params['full']:,}", f"{params['pruned']:,}"),
             ("weights, MB", f"{results['bytes_before'] / 1e6:.2f}", f"{(folder / artifacts.WEIGHTS).stat().st_size / 1e6:.2f}")]
+    name = short_name(plan["model"])
+    title, what = ((f"{name}, trained", f"It was trained from {name}; nothing was cut") if config.method == "dense" else
+                   (f"{name}, {macs['ratio']:.3f} of its MACs", f"A small dense network, cut from {name} in training (method: {config.method})"))
     return CARD.format(
-        model=plan["model"], ratio=macs["ratio"], method=method, size="x".join(map(str, plan["input_size"][1:])), count=len(classes),
-        classes=", ".join(classes[:10]) + (", …" if len(classes) > 10 else ""), rows="\n".join(f"| {' | '.join(row)} |" for row in rows),
-        convention=CONVENTION, data=data, scripts="\n".join(scripts), command=command,
+        title=title, what=what, origin=origin(config, name), files=_table(["file", "MB", "difference", "top-1, %"], [
+            [f"`{file}`", f"{(folder / file).stat().st_size / 1e6:.2f}", f"{found['difference']:.1e}", f"{found['top1']:.2f}" if "top1" in found else ""]
+            for file, found in results["files"].items() if (folder / file).is_file()]), size="x".join(map(str, plan["input_size"][1:])), count=len(classes),
+        classes=", ".join(classes[:10]) + (", …" if len(classes) > 10 else ""), rows=_table(["", "before", "after"], rows),
+        convention=CONVENTION, data=config.data, scripts="\n".join(scripts), command=config.command(),
         versions=", ".join(f"{name} {version}" for name, version in plan["versions"].items() if version))
+
+
+def origin(config: Config, name: str) -> str:
+    """Where the weights come from, and whose licences hold for them."""
+    if is_run(config.model) or config.weights:
+        return f"those of `{config.weights or config.model}` and from your data: the licences of both hold for it"
+    if config.pretrained:
+        return f"those that are published for {name}, if there are any, and from your data: the licences of both hold for it"
+    return "random ones, and from your data, whose licence holds for it"
+
+
+def _table(columns: list[str], rows: list[Any]) -> str:
+    return "\n".join(f"| {' | '.join(row)} |" for row in (columns, ["---"] * len(columns), *rows))

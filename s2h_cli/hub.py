@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from types import ModuleType
 
 from . import artifacts
 from .errors import UserError, why
@@ -21,13 +22,20 @@ def local(spec: str | os.PathLike) -> Path:
     """
     if not str(spec).startswith(HUB):
         return Path(spec)
-    import huggingface_hub
-
+    huggingface_hub = _client()
     repo, _, revision = str(spec).removeprefix(HUB).partition("@")
     try:
         return Path(huggingface_hub.snapshot_download(repo, revision=revision or None, allow_patterns=[artifacts.PLAN, artifacts.WEIGHTS]))
     except Exception as error:  # the hub's client raises errors of its own, of requests and of files
         raise UserError(f"{spec}: cannot be downloaded ({why(error)}); check the name, the network, and for a private one: hf auth login") from error
+
+
+def _client() -> ModuleType:
+    try:
+        import huggingface_hub
+    except ImportError as error:
+        raise UserError("the hub needs a package that is not installed: pip install huggingface_hub") from error
+    return huggingface_hub
 
 
 def push(folder: Path, repo: str, private: bool = False) -> str:
@@ -37,8 +45,7 @@ def push(folder: Path, repo: str, private: bool = False) -> str:
         UserError: the folder holds no result, or the hub refuses.
     """
     artifacts.read_plan(folder)
-    import huggingface_hub
-
+    huggingface_hub = _client()
     api = huggingface_hub.HfApi()
     try:
         address = api.create_repo(repo, private=private, exist_ok=True)

@@ -107,10 +107,13 @@ class Subject:
         name: what the user calls it.
         input_size: (C, H, W) of its images.
         network: it as a module on the CPU; None where there is but a file.
+        batch: images that it takes at a time, where that is fixed.
         files: it in other formats of `exports.EXPORTS`. What is missing is exported, where `network` is one of ours, and kept as long as this is.
     """
 
-    def __init__(self, name: str, input_size: tuple[int, int, int], network: fx.GraphModule | None = None, files: dict[str, Path] | None = None):
+    def __init__(self, name: str, input_size: tuple[int, int, int], network: fx.GraphModule | None = None, files: dict[str, Path] | None = None,
+                 batch: int | None = None):
+        self.batch = batch or (network.meta.get("static_batch") if network is not None else None)
         self.name, self.input_size, self.network, self.files = name, tuple(input_size), network, dict(files or {})
         self._program: Program | None = None
         self._folder: tempfile.TemporaryDirectory | None = None
@@ -125,9 +128,8 @@ class Subject:
 
     def check(self, batch: int) -> None:
         """Raises UserError for a batch that it cannot take."""
-        only = self.network.meta.get("static_batch") if self.network is not None else None
-        if only not in (None, batch):
-            raise UserError(f"it takes {only} image{'s' * (only > 1)} at a time")
+        if self.batch not in (None, batch):
+            raise UserError(f"it takes {self.batch} image{'s' * (self.batch > 1)} at a time: --batch {self.batch}")
 
     def module(self, device: torch.device) -> nn.Module:
         """A copy on the device."""

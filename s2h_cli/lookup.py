@@ -11,8 +11,6 @@ network that it found against the whole one, and tries again until the two agree
 
 from __future__ import annotations
 
-import math
-import statistics
 from dataclasses import asdict, dataclass
 
 import numpy as np
@@ -88,12 +86,6 @@ def share(looks: Looks) -> float:
     return min(small for _, small in looks) / min(whole for whole, _ in looks)
 
 
-def error(looks: Looks) -> float:
-    """The standard error of the mean of the shares of stretches of `FIRST` looks; NaN where there is but one."""
-    shares = [share(looks[i:i + FIRST]) for i in range(0, len(looks), FIRST)]
-    return statistics.stdev(shares) / len(shares) ** 0.5 if len(shares) > 1 else math.nan
-
-
 @dataclass(frozen=True)
 class Table:
     """What was measured: plain data, so that a run that goes on has the same numbers.
@@ -127,11 +119,9 @@ def add_latency(network: fx.GraphModule, space: Space, where: Where, known: Tabl
     table = known or Table(**distributed.from_first(asdict(measure(network, space, where)) if distributed.RANK == 0 else None))
     space.costs["latency"] = table.cost(network, space)
 
-    def clock(widths: np.ndarray, aim: float | None = None) -> tuple[float, float]:
-        """Latency at these widths as a share of the whole network's, measured, and its standard error; roughly where it is far from what is
-        aimed at."""
-        looks = where.looks(network, rebuild(network, Plan.from_widths(space, widths, np.zeros(space.size))), aim)
-        return share(looks), error(looks)
+    def clock(widths: np.ndarray, aim: float | None = None) -> float:
+        """Latency at these widths as a share of the whole network's, measured; roughly where it is far from what is aimed at."""
+        return share(where.looks(network, rebuild(network, Plan.from_widths(space, widths, np.zeros(space.size))), aim))
 
     space.clock = clock
     return table

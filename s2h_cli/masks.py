@@ -167,7 +167,7 @@ def fit_budget(space: Space, value: list[np.ndarray], budget: Budget) -> np.ndar
         return _fitted(space, value, budget)
 
     def reading(widths: np.ndarray) -> float:
-        return space.clock(widths, budget.latency)[0] / budget.latency
+        return space.clock(widths, budget.latency) / budget.latency
 
     allowed, slope = budget.latency, 1.0  # slope: how the clock follows what is allowed, in logarithms
     tried: list[tuple[float, float, np.ndarray]] = []

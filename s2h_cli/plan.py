@@ -86,7 +86,7 @@ class Space:
         writes: (parameter, dim) that make one: where importance is read.
         layers, macs, parameters: the counted operators, and the cost models by layer and by parameter.
         costs: the cost models by the kinds of `budget.KINDS`; "latency" where it is measured (`lookup.add_latency`).
-        clock: measures the share of the latency that widths (groups,) have, and its standard error (`lookup.add_latency`); None where there is none.
+        clock: measures the share of the latency that widths (groups,) have (`lookup.add_latency`); None where there is none.
         dropped: blocks that the network is without (`depth.Block`); what was in them has no cost.
         gone: (groups,) of which groups nothing is left.
         whole: the space with no block dropped.

@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader
 
 from . import artifacts, bench, data, distributed, exports, hub, lookup
 from .budget import KINDS, Budget
-from .config import Config, latency_share, resumed, write
+from .config import Config, latency_share, of_result, resumed, write
 from .cost import count_macs
 from .device import check_compiler, pick_device
 from .errors import UserError
@@ -197,7 +197,7 @@ def prepare(config: Config, device: torch.device, console: Console, folder: Path
     console.print(f"{source.name} on {config.data}: {len(splits.train)} training and {len(splits.val)} validation images, "
                   f"{len(classes)} classes, input {'x'.join(map(str, source.input_size))}, {device}{processes}", soft_wrap=True)
     limits = [f"{share} of {quantity(space.full_costs[kind])} {KINDS[kind]}, smallest reachable {space.share(kind, space.least):.4f}"
-              for kind, share in config.shares.items() if kind != "latency"]
+              for kind, share in config.shares.items() if kind != "latency" and config.method != "dense"]
     console.print("; ".join([f"{len(space.groups)} groups, {space.size} prunable channels and heads", *(f"target {limit}" for limit in limits)]), soft_wrap=True)
 
     methods = FROM_TRAINED if config.teacher == START else METHODS
@@ -345,16 +345,23 @@ def finish(config: Config, budget: Budget, folder: Path, ending: str, job: Job, 
                    "bytes_before": sum(t.numel() * t.element_size() for t in part.network.state_dict().values())}
         artifacts.record(folder, results)
         timed = bench.pair(config.model, part.network, str(folder), small, facts["macs"]["ratio"],
-                           lookup.Where(config.latency_format, config.latency_batch, job.device), lookup.SECONDS if job.latency else 0)
-        if job.latency:  # as it was measured when the widths were chosen
-            timed["pairs"][0]["share"], timed["pairs"][0]["error"] = share, _ = part.plan.space.clock(part.plan.widths)
+                           lookup.Where(config.latency_format, config.latency_batch, job.device), limited=job.latency is not None)
+        if job.latency:
+            (share,) = bench.shares(timed["pairs"][0], timed["rows"]).values()
             if share > budget.latency * (1 + lookup.OVER):
                 console.print(f"note: it takes {share:.3f} of the whole network's time, more than the {budget.latency:.3g} that --latency allows; ask for less, on a "
                               "machine that does nothing else", soft_wrap=True)
         bench.keep(folder, timed)
-        page.write_report(folder)
-        write_handout(folder, config.data, config.method, config.command())
+        present(folder)
     return {"folder": folder, "facts": facts, "failed": failed, "latency": timed, **results, "bytes_after": (folder / "model.safetensors").stat().st_size}
+
+
+def present(folder: Path) -> None:
+    """Writes what people read of a result, by what is in its folder: the report; scripts and model card, where its run's settings are there."""
+    page.write_report(folder)
+    _, config = of_result(folder)
+    if config is not None:
+        write_handout(folder, config)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -391,7 +398,8 @@ def export(folder: Path, format: str, *, opset: int | None = None, batch: int | 
         spec: DATA, on whose validation images each file's accuracy is measured.
 
     Returns:
-        {file name: {difference: the largest, relative to the largest logit, top1: in percent, with `spec`, bytes}}, and a line on each format
+        {file name: {difference: the largest, relative to the largest logit, top1: in percent, with `spec`, bytes}}, with `spec` first the network's own
+        top-1 and bytes, without a difference; and a line on each format
         whose exporter failed or whose file was wrong; what was there before stays.
 
     Raises:
@@ -423,7 +431,20 @@ def export(folder: Path, format: str, *, opset: int | None = None, batch: int | 
         for name, facts in found.items():
             facts["top1"] = accuracy_of(folder / name, data.make_loader(splits.val, **loading))
         artifacts.record(folder, {"files": found})
+        found = {artifacts.WEIGHTS: {"top1": accuracy_of(folder, data.make_loader(splits.val, **loading))}, **found}  # what the others are to be seen beside
+    present(folder)
     return {name: {**facts, "bytes": (folder / name).stat().st_size} for name, facts in found.items()}, [*failed, *wrong]
+
+
+def timed(items: list[str], **options: Any) -> dict[str, Any]:
+    """`bench.bench`, whose figures the reports of the runs show."""
+    found = bench.bench(items, **options)
+    for folder in {hub.local(pair["after"]) for pair in found["pairs"]}:
+        try:
+            present(folder)
+        except UserError as error:  # what was measured is shown all the same
+            found["not_kept"].append(str(error))
+    return found
 
 
 def compared(small: fx.GraphModule, files: dict[str, Path], input_size: tuple[int, int, int], **options: Any) -> tuple[dict[str, float], list[str]]:
@@ -435,12 +456,15 @@ def compared(small: fx.GraphModule, files: dict[str, Path], input_size: tuple[in
     return found, [f"{name}: {text}" for name, text in wrong.items()]
 
 
-def evaluate(artifact: Path, spec: str, *, batch_size: int, workers: int, **split: Any) -> tuple[float, int]:
+def evaluate(item: str, spec: str, *, batch_size: int, workers: int, **split: Any) -> tuple[float, int]:
     """Top-1 accuracy in percent of a run folder or an exported file on the validation images of DATA, and their number. `split`: see `checked_data`.
 
     Raises:
         UserError: the artifact or the data cannot be read, or their classes differ.
     """
+    artifact = hub.local(item)
+    if not artifact.is_dir():
+        exports.checked_format(artifact)
     metadata = artifacts.read_plan(artifact)["data"] if artifact.is_dir() else exports.read_metadata(artifact)
     if "classes" not in metadata:
         raise UserError(f"'{artifact}' does not tell its classes and preprocessing: s2h did not write it; give a run or its files")

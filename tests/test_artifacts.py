@@ -384,6 +384,7 @@ def test_failing_exporter_is_named_and_leaves_nothing(tiny, tmp_path, monkeypatc
 
 
 def test_run_artifact_refuses(tmp_path):
+    (tmp_path / "a.pth").touch()
     for name, message in (("a.pth", "not an artifact"), ("a.onnx", "no such file")):
         with pytest.raises(UserError, match=message):
             exports.run_artifact(tmp_path / name)
@@ -441,19 +442,24 @@ def result(here, monkeypatch):
 
 
 def exported(capsys, *options):
-    """What `s2h export` says of each file: {name: top-1 or None}, and what the plan keeps."""
+    """What `s2h export` says of each file that it wrote: {name: top-1 or None}; the network's own top-1 comes first where there is data."""
     capsys.readouterr()
     assert s2h("export", "run", "--workers", "0", *options) == 0
-    lines = capsys.readouterr().out.strip().splitlines()
-    return {line.split()[0]: float(line.split("top-1")[1].split()[0]) if "top-1" in line else None for line in lines}
+    rows = [line.split() for line in capsys.readouterr().out.splitlines() if line.startswith("model")]
+    if "--data" in options:
+        own = rows.pop(0)
+        assert own[0] == "model.safetensors" and float(own[-1]) == pytest.approx(artifacts.read_plan("run")["results"]["top1"]["exported"], abs=0.005)
+    return {name: float(more[2]) if more[2:] else None for name, *more in rows}
 
 
 def test_a_result_in_float16_is_half_as_large_and_right(result, capsys):
     found = exported(capsys, "--fp16", "--data", "data")
     plan = artifacts.read_plan(result)
-    assert set(found) == {"run/model-fp16.onnx", "run/model-fp16.ts", "run/model-fp16.pt2"}
-    for path, top1 in found.items():
-        kept = plan["results"]["files"][path.removeprefix("run/")]
+    assert set(found) == {"model-fp16.onnx", "model-fp16.ts", "model-fp16.pt2"}
+    for name, top1 in found.items():
+        kept = plan["results"]["files"][name]
+        for page in ("README.md", "report.html"):  # which say what is there now
+            assert name in (result / page).read_text()
         assert abs(top1 - plan["results"]["top1"]["hard"]) <= 100 / 16 and 0 < kept["difference"] < exports.HALF_TOLERANCE  # one of 16 images
         assert kept["top1"] == pytest.approx(top1, abs=0.005)
     model = onnx.load(str(result / "model-fp16.onnx"))
@@ -464,7 +470,7 @@ def test_a_result_in_float16_is_half_as_large_and_right(result, capsys):
 
 def test_a_result_in_int8_is_calibrated_and_measured(result, capsys):
     found = exported(capsys, "--int8", "--format", "onnx", "--data", "data")
-    assert set(found) == {"run/model-int8.onnx"} and abs(found["run/model-int8.onnx"] - artifacts.read_plan(result)["results"]["top1"]["hard"]) <= 200 / 16
+    assert set(found) == {"model-int8.onnx"} and abs(found["model-int8.onnx"] - artifacts.read_plan(result)["results"]["top1"]["hard"]) <= 200 / 16
     model = onnx.load(str(result / "model-int8.onnx"))
     assert {"QuantizeLinear", "DequantizeLinear"} <= {node.op_type for node in model.graph.node}
     assert exports.read_metadata(result / "model-int8.onnx")["classes"] == ["dark", "light"]
@@ -476,8 +482,21 @@ def test_opset_and_batch_are_those_asked_for(result, capsys):
     found = exported(capsys, "--format", "onnx", "--opset", "19", "--batch", "3", "--data", "data")  # 16 images: the last batch lacks two
     model = onnx.load(str(result / "model-b3.onnx"))
     assert model.opset_import[0].version == 19 and model.graph.input[0].type.tensor_type.shape.dim[0].dim_value == 3
-    assert found["run/model-b3.onnx"] == pytest.approx(artifacts.read_plan(result)["results"]["top1"]["hard"], abs=0.005)
+    assert found["model-b3.onnx"] == pytest.approx(artifacts.read_plan(result)["results"]["top1"]["hard"], abs=0.005)
     assert s2h("eval", "run/model-b3.onnx", "--data", "data", "--workers", "0") == 0
+    assert s2h("bench", "run/model-b3.onnx", "--format", "onnx", "--batch", "3", "--seconds", "0.1") == 0
+    capsys.readouterr()
+    assert s2h("bench", "run/model-b3.onnx", "--format", "onnx", "--batch", "1", "--seconds", "0.1") == 2
+    assert "takes 3 images at a time: --batch 3" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["tiny", "convnext"])
+def test_an_opset_below_the_exporters_is_right_or_refused(smalls, tmp_path, name):
+    file = exports.export(Program(smalls[name], opset=17), tmp_path, "onnx", META)
+    assert onnx.load(str(file)).opset_import[0].version == 17 and exports.read_metadata(file) == META
+    assert exports.check(smalls[name], {"file": file}, SIZE)[0]["file"] < exports.TOLERANCE
+    with pytest.raises(UserError, match="opset 5.*from 18 on"):
+        exports.export(Program(smalls[name], opset=5), tmp_path, "onnx", META)
 
 
 @pytest.mark.parametrize("name", ["tiny", "convnext", "test_vit"])
@@ -516,7 +535,7 @@ def test_what_float32_does_to_the_network_itself_is_no_fault_of_a_file(monkeypat
 
 def test_a_fixed_batch_and_a_wrong_file_take_the_place_of_nothing(result, capsys, monkeypatch):
     before = (result / "model.onnx").read_bytes()
-    assert set(exported(capsys, "--format", "onnx", "--int8", "--batch", "5", "--data", "data")) == {"run/model-int8-b5.onnx"}
+    assert set(exported(capsys, "--format", "onnx", "--int8", "--batch", "5", "--data", "data")) == {"model-int8-b5.onnx"}
     assert s2h("eval", "run/model-int8-b5.onnx", "--data", "data", "--workers", "0") == 0
     monkeypatch.setitem(exports.EXPORTS, "onnx", exports.EXPORTS["onnx"]._replace(run=lambda file: lambda images: torch.zeros(len(images), 2)))
     assert s2h("export", "run", "--format", "onnx") == 2

@@ -16,7 +16,7 @@ import torch
 import yaml
 
 import s2h_cli
-from s2h_cli import exports, run
+from s2h_cli import exports, latency, run
 from s2h_cli.config import Config
 from s2h_cli.errors import UserError
 from s2h_cli.files import ASIDE, writing
@@ -61,8 +61,9 @@ def test_a_run_writes_all_it_promises(here, capsys):
     assert s2h("export", run, "--format", "torchscript") == 0
     assert (run / "model.ts").exists()
 
+    capsys.readouterr()
     assert s2h("inspect", run, "--json") == 0
-    facts = json.loads(capsys.readouterr().out.split("\n", 1)[1])
+    facts = json.loads(capsys.readouterr().out)
     assert facts["macs"]["ratio"] == pytest.approx(float(rows[-1]["ratio"]), rel=1e-5) and facts["macs"]["target"] == 0.4
 
 
@@ -434,3 +435,40 @@ def test_what_another_process_is_writing_stays_and_what_a_dead_one_left_goes(tmp
     with writing(tmp_path) as aside:
         (aside / "file").write_text("whole")
     assert {path.name for path in tmp_path.iterdir()} == {"file", f"{ASIDE}1"}
+
+
+def test_what_is_no_artifact_is_said_before_it_is_opened(here, capsys):
+    assert s2h(*PRUNE, "--epochs", "0", "-o", "run") == 0
+    capsys.readouterr()
+    for item, words in (("nosuch", "no such file or run"), ("run/model.safetensors", "give the run's folder"), ("run/plan.json", "give the run's folder")):
+        assert words in error_of(capsys, "eval", item, "--data", "data")
+    (here / "broken.onnx").write_text("not a model")
+    assert "export it again" in error_of(capsys, "eval", "broken.onnx", "--data", "data")
+
+
+def test_a_package_that_is_missing_is_named(here, capsys, monkeypatch):
+    assert s2h(*PRUNE, "--epochs", "0", "-o", "run") == 0
+    capsys.readouterr()
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    for command in (("push", "run", "me/small"), ("inspect", "hf://me/small"), ("eval", "hf://me/small", "--data", "data")):
+        assert "pip install huggingface_hub" in error_of(capsys, *command)
+    monkeypatch.setattr(latency.importlib.util, "find_spec", lambda name: None)
+    assert "pip install openvino" in error_of(capsys, "bench", "run", "--format", "eager,openvino")
+
+
+def test_ctrl_c_is_one_line_in_every_command(here, capsys, monkeypatch):
+    def interrupted(*args, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(latency, "compare", interrupted)
+    assert "stopped" in error_of(capsys, "bench", "net.py:build", "--img-size", "16")
+
+
+def test_training_on_says_nothing_of_a_budget(here, capsys):
+    assert s2h("train", *PRUNE[1:4], *PRUNE[6:12], "--device", "cpu", "--epochs", "1") == 0
+    shown = capsys.readouterr().out
+    assert "runs/net-f1" in shown and "smallest reachable" not in shown
+    card = (here / "runs" / "net-f1" / "README.md").read_text()
+    assert "nothing was cut" in card and "of its MACs" not in card and "random ones" not in card
+    assert s2h(*PRUNE, "--no-pretrained", "--epochs", "0", "-o", "random") == 0
+    assert "come from random ones" in (here / "random" / "README.md").read_text()

@@ -1,11 +1,9 @@
 """Latency as a budget. The clock of these tests is a formula: what it says is known, and no test waits for a timing."""
 
-import json
-
 import numpy as np
 import pytest
 import torch
-from s2h_cli import artifacts, exports, latency, lookup, masks
+from s2h_cli import artifacts, bench, exports, latency, lookup, masks
 from s2h_cli.budget import Budget
 from s2h_cli.cost import CostModel, count_macs
 from s2h_cli.graph import capture
@@ -71,7 +69,7 @@ def test_the_model_finds_the_formula_behind_the_times(space):
     assert space.table.error < 5e-3
     for seed in range(5):
         widths = some_widths(space, 100 + seed)
-        assert space.share("latency", widths) == pytest.approx(space.clock(widths)[0], rel=5e-3)
+        assert space.share("latency", widths) == pytest.approx(space.clock(widths), rel=5e-3)
         real = torch.from_numpy(widths.astype(float)).requires_grad_()
         total = space.costs["latency"].differentiable(real)
         assert float(total.detach()) == pytest.approx(space.costs["latency"].total(widths), rel=1e-6)
@@ -85,9 +83,9 @@ def test_the_clock_has_the_last_word(space, formula, power, target):
     formula["power"] = power  # the table was measured before: now it is wrong
     value = [np.sort(np.random.default_rng(0).random(len(group.candidates)))[::-1] for group in space.groups]
     widths = fit_budget(space, value, Budget(latency=target))
-    assert NEAR[0] <= space.clock(widths)[0] / target <= NEAR[1]
+    assert NEAR[0] <= space.clock(widths) / target <= NEAR[1]
     both = fit_budget(space, value, Budget(latency=target, flops=0.2))
-    assert space.ratio(both) <= 0.2 and space.clock(both)[0] / target <= NEAR[1]
+    assert space.ratio(both) <= 0.2 and space.clock(both) / target <= NEAR[1]
 
 
 @pytest.mark.parametrize("aim, count", [(None, lookup.LOOKS), (0.5, lookup.LOOKS), (0.3, lookup.FIRST)])
@@ -103,7 +101,6 @@ def test_what_hinders_some_looks_does_not_move_the_share():
     quiet = [(2.0, 1.0)] * lookup.LOOKS
     hindered = [(whole * (1.3 if i < lookup.LOOKS * 0.7 else 1.0), small) for i, (whole, small) in enumerate(quiet)]
     assert lookup.share(quiet) == lookup.share(hindered) == 0.5
-    assert lookup.error(quiet) == 0 < lookup.error(hindered)
 
 
 def test_coefficients_are_fitted_and_never_negative():
@@ -122,14 +119,19 @@ def test_the_sum_over_operators_is_the_whole(space):
     assert cost.total(space.full) == pytest.approx(space.table.whole * 1e9, rel=1e-3)
 
 
+def measured_share(folder):
+    found = bench.read(folder)
+    (share,) = bench.shares(found["pairs"][0], found["rows"]).values()
+    return share
+
+
 def test_a_run_meets_a_latency_and_goes_on_with_the_table_it_had(here, formula, monkeypatch, capsys):
     monkeypatch.setattr(exports, "EXPORTS", {})
     options = [*LATENCY, "--latency", "0.7", "--epochs", "3"]
     assert s2h(*options, "-o", "whole") == 0
     shown = capsys.readouterr().out
     assert "target 0.7 of it" in shown and "more than" not in shown
-    pair = json.loads((here / "whole" / "bench.json").read_text())["pairs"][0]
-    assert NEAR[0] * 0.7 <= pair["share"] <= 0.7
+    assert NEAR[0] * 0.7 <= measured_share(here / "whole") <= 0.7
     assert s2h(*LATENCY, "--latency", "0.7", "--epochs", "3", "--checkpoint-every", "1", "-o", "parts") == 0
     measured = lookup.measure
     monkeypatch.setattr(lookup, "measure", lambda *args: pytest.fail("measured again") if args else measured)
@@ -143,7 +145,7 @@ def test_a_latency_that_is_missed_is_said(here, formula, monkeypatch, capsys):
     monkeypatch.setattr(lookup, "OVER", 0.01)
     formula["power"] = 0.5
     assert s2h(*LATENCY, "--latency", "0.7", "--epochs", "0", "-o", "run") == 0
-    share = json.loads((here / "run" / "bench.json").read_text())["pairs"][0]["share"]
+    share = measured_share(here / "run")
     assert share > 0.7 * 1.01 and f"takes {share:.3f} of the whole network's time, more than the 0.7 that" in capsys.readouterr().out
 
 
@@ -152,13 +154,12 @@ def test_milliseconds_are_a_share_of_what_the_whole_network_takes(here, formula,
     source = load_source("net.py:build", num_classes=2, img_size=16)
     whole = sum(node_seconds(capture(source.module, source.input_size).network, 1).values())
     assert s2h(*LATENCY, "--latency", f"{0.7 * whole * 1e3}ms", "--epochs", "0", "-o", "run") == 0
-    pair = json.loads((here / "run" / "bench.json").read_text())["pairs"][0]
-    assert NEAR[0] * 0.7 <= pair["share"] <= 0.7
+    assert NEAR[0] * 0.7 <= measured_share(here / "run") <= 0.7
     assert artifacts.read_plan(here / "run")["budget"] == {"latency": pytest.approx(0.7)}
 
 
 @pytest.mark.parametrize("options, words", [
-    (["--latency", "fast"], "milliseconds such as 4ms"), (["--latency", "0.0001"], "smallest"), (["--latency", "1e6ms"], "whole network takes"),
+    (["--latency", "fast"], "milliseconds such as 4ms"), (["--latency", "4"], "such as 4ms"), (["--latency", "-1"], "no share"), (["--latency", "0.0001"], "smallest"), (["--latency", "1e6ms"], "whole network takes"),
     (["--latency", "0.5", "--latency-format", "tflite"], "choose from"), (["--latency", "0.5", "--method", "stp"], "--method stp")])
 def test_a_latency_that_cannot_be_had_is_one_line(here, formula, capsys, options, words):
     assert s2h(*LATENCY, *options, "--epochs", "1") == 2

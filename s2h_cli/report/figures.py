@@ -8,6 +8,8 @@ Figure = dict[str, Any]
 
 #: Colours for groups that tie several layers, in turn; a group of one layer is plain.
 GROUP_COLOURS = [f"var(--group-{i})" for i in range(8)]
+#: Of the points of runs, once the colours are used up.
+SYMBOLS = ("circle", "square", "diamond", "cross")
 #: Pixels of a bar's row, of what is around the bars, and letters of a layer's name that have room beside them.
 ROW, AROUND, LETTERS = 20, 90, 20
 
@@ -47,8 +49,10 @@ def training(rows: list[dict[str, float]], target: float | None) -> Figure:
         data.append(line("hard, averaged weights", mean, "var(--group-2)", "y3"))
     data.append(line("ratio", [row.get("ratio") for row in rows], "var(--hard)", "y", showlegend=False))
     asked = target and {"type": "line", "xref": "paper", "x0": 0, "x1": 1, "yref": "y", "y0": target, "y1": target, "line": {"color": "var(--muted)", "dash": "dot", "width": 1}}
-    return _figure(data, 520, xaxis=_epochs(len(rows), anchor="y"), shapes=[asked] if asked else [], yaxis=_axis("share of MACs", domain=[0, 0.24], rangemode="tozero"),
-                   yaxis2=_axis("gap, points", domain=[0.34, 0.56]), yaxis3=_axis("top-1, %", domain=[0.66, 1]))
+    apart = any(gap is not None for gap in gaps)  # a band of its own, where there is anything in it
+    axes = {"yaxis2": _axis("gap, points", domain=[0.34, 0.56])} if apart else {}
+    return _figure(data, 520 if apart else 400, xaxis=_epochs(len(rows), anchor="y"), shapes=[asked] if asked else [],
+                   yaxis=_axis("share of MACs", domain=[0, 0.24 if apart else 0.34], rangemode="tozero"), yaxis3=_axis("top-1, %", domain=[0.66 if apart else 0.48, 1]), **axes)
 
 
 def _short(name: str) -> str:
@@ -118,6 +122,8 @@ def gates(bins: list[str], counts: list[list[float]]) -> Figure:
 
 def accuracies(runs: list[dict]) -> Figure:
     """Top-1 against MACs, a point for each of {name, macs, top1}."""
-    points = {"type": "scatter", "mode": "markers", "x": [run["macs"] for run in runs], "y": [run["top1"] for run in runs],
-              "text": [run["name"] for run in runs], "marker": {"size": 12, "color": "var(--hard)"}, "hovertemplate": "%{text}<br>%{x:.4s} MACs, %{y:.2f} %<extra></extra>"}
-    return _figure([points], 380, xaxis=_axis("MACs of one image", rangemode="tozero"), yaxis=_axis("top-1, %"), showlegend=False)
+    points = [{"type": "scatter", "mode": "markers", "x": [run["macs"]], "y": [run["top1"]], "name": run["name"], "marker": {"size": 12, "color": GROUP_COLOURS[i % len(GROUP_COLOURS)],
+               "symbol": SYMBOLS[i // len(GROUP_COLOURS) % len(SYMBOLS)]}, "hovertemplate": f"{run['name']}<br>%{{x:.4s}} MACs, %{{y:.2f}} %<extra></extra>"}
+              for i, run in enumerate(runs)]
+    return _figure(points, 380 + ROW * len(runs), xaxis=_axis("MACs of one image", rangemode="tozero"), yaxis=_axis("top-1, %"), showlegend=True,
+                   legend={"orientation": "v", "y": -0.2, "yanchor": "top", "x": 0})

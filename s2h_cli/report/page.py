@@ -13,7 +13,7 @@ from typing import Any
 from plotly.offline import get_plotlyjs
 
 from .. import CONVENTION, artifacts, bench
-from ..config import Config, earlier
+from ..config import Config, of_result
 from ..errors import UserError, why
 from ..files import writing
 from . import figures
@@ -60,9 +60,8 @@ def read_run(folder: Path) -> Run:
 
 
 def _read(folder: Path, plan: dict[str, Any]) -> Run:
-    home = folder if (folder / "args.yaml").exists() else folder.parent  # of a run with several budgets
+    home, config = of_result(folder)
     ending = "" if home == folder or "flops" not in plan["budget"] else f"_{plan['budget']['flops']:g}"
-    config = earlier(home / "args.yaml") if (home / "args.yaml").exists() else None
     return Run(folder, plan, read_summary(home / "summary.csv", ending), read_table(folder / WIDTHS), read_table(folder / GATES), bench.read(folder), config)
 
 
@@ -82,7 +81,9 @@ def write_report(*folders: Path, file: Path | None = None) -> Path:
         UserError: a folder holds no finished run, or the file cannot be written.
     """
     runs = [read_run(folder) for folder in folders]
-    file = file or folders[0] / FILE
+    file = file or folders[0]
+    if file.is_dir():
+        file /= FILE
     body, charts = comparison(runs) if len(runs) > 1 else single(runs[0])
     title = " and ".join(run.plan["model"] for run in runs[:2]) + (" and more" if len(runs) > 2 else "")
     page = (resources.files(__package__) / "page.html").read_text(encoding="utf-8")
@@ -109,7 +110,7 @@ def single(run: Run) -> tuple[str, dict[str, figures.Figure]]:
     if run.rows and run.rows[0]["epoch"] > 0:
         chart("training", "Training", "Accuracy of the soft and of the hard network on the validation images, what lies between them, and the share of the MACs that the "
               "hard network has, after each epoch. Where the soft network ends the hard one trains on alone.", figures.training(run.rows, plan["budget"].get("flops")))
-    chart("channels", "Channels that each layer keeps", "In front of those it had. Layers of one colour stay or go together: a residual stream.",
+    chart("channels", "Channels that each layer keeps", "In front of those it had. Layers of a group stay or go together: a residual stream. They have one colour, of eight that come again; hover or tap for the group.",
           figures.channels(plan["layers"], plan["groups"]))
     chart("costs", "Cost of each layer", "MACs after, in front of those before.", figures.costs(plan["layers"]))
     if run.widths[1]:
@@ -122,10 +123,10 @@ def single(run: Run) -> tuple[str, dict[str, figures.Figure]]:
 
 def comparison(runs: list[Run]) -> tuple[str, dict[str, figures.Figure]]:
     measured = [{"name": str(run.folder), "macs": run.plan["macs"]["pruned"], "top1": run.top1} for run in runs if run.top1 is not None]
-    rows = [[str(run.folder), run.plan["model"], quantity(run.plan["macs"]["pruned"]), f"{run.plan['macs']['ratio']:.4f}",
-             quantity(run.plan["params"]["pruned"]), _percent(run.top1), _times(run)] for run in sorted(runs, key=lambda run: run.plan["macs"]["pruned"])]
+    rows = [[str(run.folder), _percent(run.top1), quantity(run.plan["macs"]["pruned"]), _times(run), quantity(run.plan["params"]["pruned"]),
+             f"{run.plan['macs']['ratio']:.4f}", run.plan["model"]] for run in sorted(runs, key=lambda run: run.plan["macs"]["pruned"])]
     body = [f"<h1>{len(runs)} runs</h1>", "<h2>Accuracy against cost</h2><p>Top-1 of the results on the validation images, and what one image costs them.</p>",
-            '<div id="accuracies"></div>', _table(["run", "model", ">MACs", ">ratio", ">parameters", ">top-1, %", ">latency, ms"], rows), f"<p>{_safe(CONVENTION)}.</p>"]
+            '<div id="accuracies"></div>', _table(["run", ">top-1, %", ">MACs", ">latency, ms", ">parameters", ">ratio", "model"], rows), f"<p>{_safe(CONVENTION)}.</p>"]
     return "\n".join(body), {"accuracies": figures.accuracies(measured)}
 
 
@@ -169,7 +170,7 @@ def _pair(run: Run) -> tuple[dict[str, Any], str] | None:
 
 def _times(run: Run) -> str:
     pair = _pair(run)
-    return f"{pair[0]['after'] * 1e3:.3g} of {pair[0]['before'] * 1e3:.3g}" if pair else ""
+    return f"{pair[0]['after'] * 1e3:.3g} of {pair[0]['before'] * 1e3:.3g}, {pair[0]['format']}, batch {pair[0]['batch']}" if pair else ""
 
 
 def _latencies(run: Run) -> str:
@@ -181,11 +182,11 @@ def _latencies(run: Run) -> str:
             rows.append([row["format"], row["batch"], row["network"], "", "", f"failed: {row['failed']}"])
             continue
         timing = row["timing"]
-        rows.append([row["format"], row["batch"], row["network"], f"{timing['median'] * 1e3:.3g}",
-                     f"{timing['low'] * 1e3:.3g} to {timing['high'] * 1e3:.3g}", "" if share is None else f"{share:.2f}"])
+        rows.append([row["format"], row["batch"], row["network"], f"{timing['median'] * 1e3:.3g} ({timing['low'] * 1e3:.3g} to {timing['high'] * 1e3:.3g})",
+                     f"{timing['least'] * 1e3:.3g}", "" if share is None else f"{share:.2f}"])
     reasons = "".join(f"<p>{_safe(reason)}</p>" for reason in run.latency["pairs"][0]["reasons"])
     return (f"<h2>Latency</h2><p>On {_safe(run.latency['place'])}. Measure more, on any machine: s2h bench {_safe(run.folder)}</p>"
-            + _table(["format", ">batch", "network", ">ms, median", ">quartiles", ">share of the least time"], rows) + reasons)
+            + _table(["format", ">batch", "network", ">ms, median (quartiles)", ">least", ">share of the least"], rows) + reasons)
 
 
 def _frozen(plan: dict[str, Any]) -> str:

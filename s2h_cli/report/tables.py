@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console, Group
@@ -74,12 +75,12 @@ def _layers(facts: dict[str, Any], pruned: bool) -> Table:
         for x in layers:
             table.add_row(x["name"], _kind(x["kind"]), str(x["in"][1]), str(x["out"][1]), quantity(x["macs"][1]),
                           quantity(x["params"][1]))
-        table.add_row(f"{len(small)} norm and pooling layers", "", "", "", quantity(rest["macs"][1]), quantity(rest["params"][1]))
+        table.add_row(f"{len(small)} norms, poolings", "", "", "", quantity(rest["macs"][1]), quantity(rest["params"][1]))
         return table
     table = _table("Layers, by MACs saved", "*layer", ">in", ">out", "kept", ">MACs", ">params")
     for x in sorted(layers, key=lambda x: x["macs"][0] - x["macs"][1]):
         table.add_row(x["name"], _of(x["in"]), _of(x["out"]), bar(x["out"][0] / x["out"][1]), _change(x["macs"]), _change(x["params"]))
-    table.add_row(f"{len(small)} norm and pooling layers", "", "", "", _change(rest["macs"]), _change(rest["params"]))
+    table.add_row(f"{len(small)} norms, poolings", "", "", "", _change(rest["macs"]), _change(rest["params"]))
     return table
 
 
@@ -121,16 +122,16 @@ def models(found: list[Known], versions: dict[str, str]) -> Table:
 
 def latencies(found: dict[str, Any]) -> Group:
     """What `s2h bench` shows: a line for each format, batch and network, then where the time went and why it fell by less than the MACs."""
-    table = _table(f"On {found['place']}", "format", ">batch", "*network", ">ms", ">spread", ">images/s", ">time")
+    table = _table(f"On {found['place']}", "format", ">batch", "*network", ">ms", ">spread", ">images/s", ">least", ">time")
     for row, share in rows_with_shares(found):
         if "failed" in row:
-            table.add_row(row["format"], str(row["batch"]), row["network"], "", "", "", "failed")
+            table.add_row(row["format"], str(row["batch"]), row["network"], "", "", "", "", "failed")
             continue
         timing = row["timing"]
         table.add_row(row["format"], str(row["batch"]), row["network"], f"{timing['median'] * 1e3:.3g}",
                       f"±{(timing['high'] - timing['low']) / 2 / timing['median']:.1%}", f"{row['batch'] / timing['median']:.0f}",
-                      "" if share is None else f"{share:.2f}")
-    table.caption = "ms: median of a batch; spread: half the distance of the quartiles\ntime: the least, as a share of the whole network's least"
+                      f"{timing['least'] * 1e3:.3g}", "" if share is None else f"{share:.2f}")
+    table.caption = "ms: median of a batch; spread: half the distance of the quartiles; least: in ms\ntime: the least, as a share of the whole network's least"
     if any((timing["high"] - timing["low"]) / 2 > RELIABLE * timing["median"] for row in found["rows"] if (timing := row.get("timing"))):
         table.caption += "\nThe spread is large: others use this machine; run it again when it is quiet."
     table.caption_justify = "left"
@@ -148,26 +149,35 @@ def latencies(found: dict[str, Any]) -> Group:
     return Group(*parts)
 
 
+def exported(folder: Path, found: dict[str, dict[str, Any]]) -> Table:
+    """What `s2h export` shows: a line for each file that it wrote, after one for the network itself where accuracy was measured."""
+    table = _table(f"Files in {folder}", "*file", ">MB", ">difference", ">top-1, %")
+    for name, facts in found.items():
+        table.add_row(name, f"{facts['bytes'] / 1e6:.2f}", f"{facts['difference']:.1e}" if "difference" in facts else "", _percent(facts.get("top1")))
+    table.caption = "difference: the largest from the network's logits, relative to the largest of them"
+    table.caption_justify = "left"
+    return table
+
+
 def closing(result: dict[str, Any]) -> Table:
     """The table a run ends with. `result` is the one that `run.prune` returns."""
     facts = result["facts"]
     macs, params = facts["macs"], facts["params"]
-    table = _table("Result", "", ">before", ">after", "*")
+    table = _table(f"Result, {result['folder']}", "", ">before", ">after", "*")
     checked = next(name for name, found in result["files"].items() if "top1" in found)
     rows = {"ema": ("hard, averaged", "exported where it is better"), "exported": ("exported", checked)}
     start = result["top1"].get("start")
     for kind, accuracy in result["top1"].items():
         name, remark = rows.get(kind, (f"{kind} network", ""))
         if kind != "start":
-            table.add_row(f"top-1 %, {name}", _percent(start) if kind == "hard" else "", _percent(accuracy), remark)
+            table.add_row(f"top-1 %, {name}", (_percent(start) or "–") if kind == "hard" else "", _percent(accuracy), remark)
     table.add_row("MACs", quantity(macs["full"]), quantity(macs["pruned"]), _ratio(facts, "flops"))
     table.add_row("parameters", quantity(params["full"]), quantity(params["pruned"]), _ratio(facts, "params"))
     table.add_row("model.safetensors", f"{result['bytes_before'] / 1e6:.2f} MB", f"{result['bytes_after'] / 1e6:.2f} MB", "")
     pair = result["latency"]["pairs"][0]
-    ratio = shares(pair, result["latency"]["rows"])
     for (format, batch), (before, after) in times(pair, result["latency"]["rows"]).items():
         target = facts["budget"].get("latency")
-        asked = f"ratio {pair['share']:.4f} ± {pair['error']:.4f}, target {target:.4g}" if target else f"{ratio[format, batch]:.2f} of the time (s2h bench)"
+        asked = f"ratio {after / before:.4f}, target {target:.4g}" if target else f"{after / before:.2f} of the time (s2h bench)"
         table.add_row(f"latency, batch {batch}, {format}", f"{before * 1e3:.3g} ms", f"{after * 1e3:.3g} ms", asked)
     for name, found in result["files"].items():
         table.add_row(name, "", f"{found['difference']:.1e}", "largest difference, relative")
@@ -214,4 +224,9 @@ def show(table: Any) -> None:
     """Prints a table, in a narrower terminal too as wide as it is: the terminal breaks its lines, but no number is cut."""
     wide = console()
     wide.width = max(wide.width, COLUMNS)
-    wide.print(table)
+    if wide.is_terminal:
+        wide.print(table)
+        return
+    with wide.capture() as shown:
+        wide.print(table)
+    print("\n".join(line.rstrip() for line in shown.get().splitlines()))
