@@ -93,6 +93,12 @@ def test_scripts_prepare_images_as_s2h_does(run, monkeypatch):
     torch.testing.assert_close(fed_by_script(run, paths, monkeypatch), images, rtol=0, atol=1e-5)
 
 
+def test_a_script_without_images_says_how_it_is_used(run, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["infer_onnx.py"])
+    with pytest.raises(SystemExit, match="python infer_onnx.py IMAGE"):
+        runpy.run_path(str(run / "infer_onnx.py"), run_name="__main__")
+
+
 def test_scripts_see_what_s2h_sees_of_wide_inputs_and_16_bits(here, monkeypatch):
     (here / "wide.py").write_text((here / "net.py").read_text() + WIDE)
     rng = np.random.default_rng(0)
