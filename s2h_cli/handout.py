@@ -116,14 +116,16 @@ def card(folder: Path, plan: dict[str, Any], config: Config, scripts: list[str])
     rows = [("top-1, %", f"{top1['start']:.2f}" if "start" in top1 else "", f"{top1['exported']:.2f}"),
             ("MACs", f"{macs['full']:,}", f"{macs['pruned']:,}"), ("parameters", f"{params['full']:,}", f"{params['pruned']:,}"),
             ("weights, MB", f"{results['bytes_before'] / 1e6:.2f}", f"{(folder / artifacts.WEIGHTS).stat().st_size / 1e6:.2f}")]
+    files = [(f"`{file}`", f"{(folder / file).stat().st_size / 1e6:.2f}", f"{found['difference']:.1e}", f"{found['top1']:.2f}" if "top1" in found else "")
+             for file, found in results["files"].items() if (folder / file).is_file()]
     name = short_name(plan["model"])
-    title, what = ((f"{name}, trained", f"It was trained from {name}; nothing was cut") if config.method == "dense" else
-                   (f"{name}, {macs['ratio']:.3f} of its MACs", f"A small dense network, cut from {name} in training (method: {config.method})"))
+    if config.method == "dense":
+        title, what = f"{name}, trained", f"{name} as it was trained; nothing was cut"
+    else:
+        title, what = f"{name}, {macs['ratio']:.3f} of its MACs", f"A small dense network, cut from {name} in training (method: {config.method})"
     return CARD.format(
-        title=title, what=what, origin=origin(config, name), files=_table(["file", "MB", "difference", "top-1, %"], [
-            [f"`{file}`", f"{(folder / file).stat().st_size / 1e6:.2f}", f"{found['difference']:.1e}", f"{found['top1']:.2f}" if "top1" in found else ""]
-            for file, found in results["files"].items() if (folder / file).is_file()]), size="x".join(map(str, plan["input_size"][1:])), count=len(classes),
-        classes=", ".join(classes[:10]) + (", …" if len(classes) > 10 else ""), rows=_table(["", "before", "after"], rows),
+        title=title, what=what, origin=origin(config, name), files=_table(["file", "MB", "difference from the network", "top-1, %"], files),
+        size="x".join(map(str, plan["input_size"][1:])), count=len(classes), classes=", ".join(classes[:10]) + (", …" if len(classes) > 10 else ""), rows=_table(["", "before", "after"], rows),
         convention=CONVENTION, data=config.data, scripts="\n".join(scripts), command=config.command(),
         versions=", ".join(f"{name} {version}" for name, version in plan["versions"].items() if version))
 
