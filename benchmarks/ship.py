@@ -26,7 +26,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "tests"))
 import test_report  # noqa: E402
 
-from s2h_cli import bench as bench_module
+from s2h_cli import bench as bench_module  # noqa: E402
 from s2h_cli import data, load, lookup  # noqa: E402
 from s2h_cli.source import load_source  # noqa: E402
 
