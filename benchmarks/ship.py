@@ -70,14 +70,14 @@ def measured(model: str, folder: Path, args: argparse.Namespace) -> dict[str, An
         found["params"] = sum(p.numel() for p in small.parameters()) / sum(p.numel() for p in whole.parameters())
     if "latency" in args.parts:
         s2h(*prune, "--latency", args.latency, "--latency-format", args.latency_format, "--latency-batch", args.latency_batch, "--epochs", 0, "-o", folder / "latency")
-        found["latency_at_end"] = share_of(json.loads((folder / "latency" / "bench.json").read_text()))  # the run's own, before bench adds to it
+        found["latency_at_end"] = share_of(bench_module.read(folder / "latency"))  # the run's own, before bench adds to it
         found["latency"] = sorted(bench(folder / "latency", args.latency_format, args.latency_batch) for _ in range(MEASUREMENTS))
         found["latency_errors"] = [share / args.latency - 1 for share in (found["latency_at_end"], statistics.median(found["latency"]))]
     return found
 
 
 def share_of(found: dict[str, Any]) -> float:
-    """Of the whole network's time, by the figures of `bench.json`."""
+    """Of the whole network's time, by the figures of `s2h bench` or of a run's `bench.json`."""
     (share,) = bench_module.shares(found["pairs"][0], found["rows"]).values()
     return share
 
@@ -92,8 +92,7 @@ def s2h(*words: Any) -> str:
 
 def bench(run: Path, format: str, batch: int) -> float:
     """The share of the whole network's time, in pairs, for as long as the run itself looks: the least of a few seconds is not yet the least."""
-    rows = json.loads(s2h("bench", run, "--format", format, "--batch", batch, "--seconds", lookup.LOOKS * lookup.SECONDS, "--json"))["rows"]
-    return next(row["share"] for row in rows if row["network"] == str(run))
+    return share_of(json.loads(s2h("bench", run, "--format", format, "--batch", batch, "--seconds", lookup.LOOKS * lookup.SECONDS, "--json")))
 
 
 def by_scripts(run: Path, images: Path, python: str) -> dict[str, float]:

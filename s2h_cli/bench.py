@@ -85,8 +85,7 @@ def pair(name: str, whole: fx.GraphModule, small_name: str, small: fx.GraphModul
         rows = [{"format": where.format, "batch": where.batch, "network": network, "timing": asdict(latency.Timing.of(list(seconds)))}
                 for network, seconds in zip((before, after), zip(*looks))]
     else:
-        subjects = [latency.Subject(network, whole.meta["input_size"], module) for network, module in ((before, whole), (after, small))]
-        rows = latency.compare(subjects, [where.format], [where.batch], where.device, torch.get_num_threads(), seconds=0)
+        rows = latency.compare(lookup.subjects_of({before: whole, after: small}), [where.format], [where.batch], where.device, torch.get_num_threads(), seconds=0)
     return {"place": latency.describe(where.device, torch.get_num_threads()), "rows": rows,
             "pairs": [{"before": before, "after": after, "macs": macs, "kinds": {}, "reasons": []}]}
 

@@ -463,9 +463,11 @@ def evaluate(item: str, spec: str, *, batch_size: int, workers: int, **split: An
         UserError: the artifact or the data cannot be read, or their classes differ.
     """
     artifact = hub.local(item)
-    if not artifact.is_dir():
+    if artifact.is_dir():
+        metadata = artifacts.read_plan(artifact)["data"]
+    else:
         exports.checked_format(artifact)
-    metadata = artifacts.read_plan(artifact)["data"] if artifact.is_dir() else exports.read_metadata(artifact)
+        metadata = exports.read_metadata(artifact)
     if "classes" not in metadata:
         raise UserError(f"'{artifact}' does not tell its classes and preprocessing: s2h did not write it; give a run or its files")
     splits, loading = checked_data(spec, metadata, str(artifact), **split)
