@@ -91,8 +91,8 @@ def s2h(*words: Any) -> str:
 
 
 def bench(run: Path, format: str, batch: int) -> float:
-    """The share of the whole network's time, in pairs, for as long as the run itself looks: the least of a few seconds is not yet the least."""
-    return share_of(json.loads(s2h("bench", run, "--format", format, "--batch", batch, "--seconds", lookup.LOOKS * lookup.SECONDS, "--json")))
+    """The share of the whole network's time, in pairs, timed for as long as in the run."""
+    return share_of(json.loads(s2h("bench", run, "--format", format, "--batch", batch, "--seconds", lookup.READING, "--json")))
 
 
 def by_scripts(run: Path, images: Path, python: str) -> dict[str, float]:

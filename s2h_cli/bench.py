@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Callable
 
@@ -77,15 +76,11 @@ def pair(name: str, whole: fx.GraphModule, small_name: str, small: fx.GraphModul
     """A network and what it was cut to: data as `bench` returns them, without kinds and reasons.
 
     Args:
-        limited: by `--latency`; so they are measured as they were when the widths were chosen, a block a look, and not in an instant.
+        limited: by `--latency`; so they are timed for as long as when the widths were chosen, and not for an instant.
     """
     before, after = f"{name}, {whole.meta['input_size'][-1]} px", small_name
-    if limited:
-        looks = where.looks(whole, small)
-        rows = [{"format": where.format, "batch": where.batch, "network": network, "timing": asdict(latency.Timing.of(list(seconds)))}
-                for network, seconds in zip((before, after), zip(*looks))]
-    else:
-        rows = latency.compare(lookup.subjects_of({before: whole, after: small}), [where.format], [where.batch], where.device, torch.get_num_threads(), seconds=0)
+    rows = latency.compare(lookup.subjects_of({before: whole, after: small}), [where.format], [where.batch], where.device, torch.get_num_threads(),
+                           lookup.READING if limited else 0.0)
     return {"place": latency.describe(where.device, torch.get_num_threads()), "rows": rows,
             "pairs": [{"before": before, "after": after, "macs": macs, "kinds": {}, "reasons": []}]}
 
@@ -132,8 +127,8 @@ def whole_network(plan: dict[str, Any]) -> fx.GraphModule:
 
 
 def times(pair: dict[str, Any], rows: list[dict[str, Any]]) -> dict[tuple[str, int], tuple[float, float]]:
-    """Seconds before and after, by format and batch, where both were timed: the least of each (see `latency.compare`)."""
-    found = {(row["format"], row["batch"], row["network"]): row["timing"]["least"] for row in rows if "timing" in row}
+    """Seconds before and after, by format and batch, where both were timed: the median of each (see `latency.compare`)."""
+    found = {(row["format"], row["batch"], row["network"]): row["timing"]["median"] for row in rows if "timing" in row}
     return {(format, batch): (found[format, batch, pair["before"]], after) for (format, batch, name), after in found.items()
             if name == pair["after"] and (format, batch, pair["before"]) in found}
 

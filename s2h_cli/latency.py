@@ -19,6 +19,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Callable, Iterator
 
+import numpy as np
 import torch
 from torch import fx, nn
 from torch.utils.benchmark import Timer
@@ -41,18 +42,16 @@ STAY = ("compile",)
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds a call, over blocks: the median, the quartiles, and the least, which is what it takes when nothing else on the machine hinders it."""
+    """Seconds a call, over blocks: the median and the quartiles."""
 
-    median: float
     low: float
+    median: float
     high: float
-    least: float
     blocks: int
 
     @classmethod
     def of(cls, blocks: list[float]) -> Timing:
-        low, median, high = statistics.quantiles(blocks, n=4)
-        return cls(median, low, high, min(blocks), len(blocks))
+        return cls(*np.quantile(blocks, [0.25, 0.5, 0.75]).tolist(), len(blocks))
 
 
 def interleaved(calls: dict[str, Call], seconds: float, threads: int) -> dict[str, list[float]]:
@@ -208,7 +207,7 @@ def compare(subjects: list[Subject], formats: list[str], batches: list[int], dev
 
     Returns:
         A row, plain data, for each format, batch and network that offers the format: {format, batch, network, timing, share}, a `Timing` as
-        dict and the share of the first network's time (least of each: what hinders both hinders them unequally, for minutes on end), or {format, batch, network, failed}, the reason in one line.
+        dict and the share of the first network's time (median by median), or {format, batch, network, failed}, the reason in one line.
     """
     rows = []
     with torch.inference_mode(), exports.quiet(), _threads(threads):
@@ -218,8 +217,8 @@ def compare(subjects: list[Subject], formats: list[str], batches: list[int], dev
                 told(f"{format}, batch {batch}")
                 offered = [subject for subject in subjects if format in subject.formats]
                 timed, failed = _timed(offered, format, batch, place, seconds)
-                found = {name: {"timing": asdict(Timing.of(blocks)), "share": min(blocks) / min(first)} for name, blocks in timed.items()
-                         for first in list(timed.values())[:1]}
+                timings = {name: Timing.of(blocks) for name, blocks in timed.items()}
+                found = {name: {"timing": asdict(timing), "share": timing.median / next(iter(timings.values())).median} for name, timing in timings.items()}
                 found |= {name: {"failed": reason} for name, reason in failed.items()}
                 rows += [{"format": format, "batch": batch, "network": subject.name, **found[subject.name]} for subject in offered]
                 torch._dynamo.reset()

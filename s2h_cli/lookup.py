@@ -25,13 +25,11 @@ from .masks import widths_of
 from .plan import Plan, Space
 from .rebuild import rebuild
 
-#: Networks of random widths that are measured, beside the whole one; and rounds of each, operator by operator.
-NETWORKS, ROUNDS = 15, 7
-#: Timing a network against the whole one: seconds of a look, which has copies of both that lie elsewhere in memory, and how many there are. On a machine
-#: that others use too, medians drift by 10 % within minutes, and not alike for both; the least times do not.
-SECONDS, LOOKS = 1.0, 20
-#: After how many looks a network counts that is off what is aimed at by so much, as a share.
-FIRST, FAR = 5, 0.1
+#: Networks of random widths that are measured, beside the whole one; rounds of each, operator by operator; and seconds of each as a whole.
+NETWORKS, ROUNDS, EACH = 15, 7, 1.0
+#: Seconds that a network and the whole one are timed for to know the share of its time; and a rough reading, which is enough where that is off
+#: what is aimed at by so much, as a share.
+READING, ROUGH, FAR = 20.0, 5.0, 0.1
 #: How far above its limit a result may be measured in the end, as a share, without a word.
 OVER = 0.03
 #: The divisors that `--divisor auto` tries, and how much slower than the best a smaller one may be.
@@ -39,10 +37,6 @@ DIVISORS, PAYS = (4, 8, 16, 32), 0.03
 #: Of coordinate descent.
 SWEEPS = 2000
 NANO = 1e9
-
-
-#: The least seconds of the whole network and of a small one, of each look.
-Looks = list[tuple[float, float]]
 
 
 @dataclass(frozen=True)
@@ -65,25 +59,22 @@ class Where:
                 raise UserError(f"--latency cannot be measured in {self.format} ({row['failed']}); choose another --latency-format")
         return {row["network"]: latency.Timing(**row["timing"]) for row in rows}
 
-    def looks(self, whole: fx.GraphModule, small: fx.GraphModule, aim: float | None = None) -> Looks:
-        """The least seconds of both in turn, `LOOKS` times, or `FIRST` times where that is `FAR` from the share that is aimed at. In all
-        processes what the first one measured."""
-        found: Looks = []
+    def share(self, whole: fx.GraphModule, small: fx.GraphModule, aim: float) -> float:
+        """The time of the small network as a share of the whole one's; a rough one where that is `FAR` from what is aimed at. In all processes
+        what the first one measured."""
+        found = None
         if distributed.RANK == 0:
-            subjects = subjects_of({"whole": whole, "small": small})  # whose files all looks share
-            while len(found) < FIRST or len(found) < LOOKS and not (aim and abs(share(found) / aim - 1) > FAR):
-                times = self.times(subjects, SECONDS)
-                found.append((times["whole"].least, times["small"].least))
+            subjects = subjects_of({"whole": whole, "small": small})  # whose files both readings share
+            for seconds in (ROUGH, READING):
+                times = self.times(subjects, seconds)
+                found = times["small"].median / times["whole"].median
+                if abs(found / aim - 1) > FAR:
+                    break
         return distributed.from_first(found)
 
 
 def subjects_of(networks: dict[str, fx.GraphModule]) -> list[latency.Subject]:
     return [latency.Subject(name, network.meta["input_size"], network) for name, network in networks.items()]
-
-
-def share(looks: Looks) -> float:
-    """The time of the small network as a share of the whole one's, the least of each."""
-    return min(small for _, small in looks) / min(whole for whole, _ in looks)
 
 
 @dataclass(frozen=True)
@@ -119,9 +110,9 @@ def add_latency(network: fx.GraphModule, space: Space, where: Where, known: Tabl
     table = known or Table(**distributed.from_first(asdict(measure(network, space, where)) if distributed.RANK == 0 else None))
     space.costs["latency"] = table.cost(network, space)
 
-    def clock(widths: np.ndarray, aim: float | None = None) -> float:
-        """Latency at these widths as a share of the whole network's, measured; roughly where it is far from what is aimed at."""
-        return share(where.looks(network, rebuild(network, Plan.from_widths(space, widths, np.zeros(space.size))), aim))
+    def clock(widths: np.ndarray, aim: float) -> float:
+        """Latency at these widths as a share of the whole network's, measured (see `Where.share`)."""
+        return where.share(network, rebuild(network, Plan.from_widths(space, widths, np.zeros(space.size))), aim)
 
     space.clock = clock
     return table
@@ -144,8 +135,8 @@ def best_divisor(network: fx.GraphModule, spaces: dict[int, Space], budget: Budg
             widths = widths_of(space, torch.ones(len(space.groups)), budget)
             networks[str(divisor)] = rebuild(network, Plan.from_widths(space, widths, np.zeros(space.size)))
             macs[divisor] = space.ratio(widths)
-        times = where.times(subjects_of(networks), 2 * SECONDS * len(networks))
-        found = {divisor: times[str(divisor)].least / times["whole"].least / macs[divisor] for divisor in spaces}
+        times = where.times(subjects_of(networks), 2 * EACH * len(networks))
+        found = {divisor: times[str(divisor)].median / times["whole"].median / macs[divisor] for divisor in spaces}
     found = distributed.from_first(found)
     return min(divisor for divisor, time in found.items() if time <= min(found.values()) * (1 + PAYS)), found
 
@@ -165,8 +156,8 @@ def measure(network: fx.GraphModule, space: Space, where: Where) -> Table:
                                                                     for small in networks.values())])
     coefficients = np.array([_nonnegative(x[:, i], alone[:, i]) for i in range(len(nodes))])
 
-    together = where.times(subjects_of(networks), SECONDS * len(networks))
-    seconds = np.array([timing.least for timing in together.values()]) * together["0"].median / together["0"].least
+    together = where.times(subjects_of(networks), EACH * len(networks))
+    seconds = np.array([timing.median for timing in together.values()])
     # What each feature of each kind of operator takes in the format.
     kinds = np.array([latency.kind_of(network, node) for node in network.graph.nodes if node.name in features])
     parts = [(kind, f) for kind in dict.fromkeys(kinds.tolist()) for f in range(x.shape[2])]

@@ -116,7 +116,7 @@ class Space:
         self.gates = {f"gate_{i}": use for i, use in enumerate(computed)}
         self.writes = [(name, dim) for name, dim in self._written if self.params[name][dim] is not None]
         self.gone = np.zeros(len(self.groups), bool)
-        self.clock: Callable[..., tuple[float, float]] | None = None
+        self.clock: Callable[[np.ndarray, float], float] | None = None
         self.frozen = self._frozen(labelled)
         self.unknown = labelled.unknown
         self._count(network, labelled)

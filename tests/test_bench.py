@@ -112,7 +112,7 @@ def test_time_is_told_by_kind_of_operator(model, kinds):
 
 def rows_of(times):
     """Rows of a whole and a small network: {(format, batch): (before, after)} in seconds."""
-    return [{"format": format, "batch": batch, "network": name, "timing": {"least": seconds}}
+    return [{"format": format, "batch": batch, "network": name, "timing": {"median": seconds}}
             for (format, batch), both in times.items() for name, seconds in zip(("whole", "small"), both)]
 
 

@@ -1,5 +1,7 @@
 """Latency as a budget. The clock of these tests is a formula: what it says is known, and no test waits for a timing."""
 
+from dataclasses import asdict
+
 import numpy as np
 import pytest
 import torch
@@ -35,19 +37,20 @@ def node_seconds(network, batch, *_):
 
 
 def always(seconds):
-    return latency.Timing(seconds, seconds, seconds, seconds, blocks=7)
+    return latency.Timing(seconds, seconds, seconds, blocks=7)
 
 
 @pytest.fixture
 def formula(monkeypatch):
-    """Makes `times` follow the formula, bent by a power that no table knows of."""
+    """Makes all times follow the formula, bent by a power that no table knows of."""
     bend = {"power": 1.0}
 
-    def times(self, subjects, seconds):
-        return {subject.name: always(sum(node_seconds(subject.network, self.batch).values()) ** bend["power"]) for subject in subjects}
+    def compare(subjects, formats, batches, *_):
+        return [{"format": formats[0], "batch": batches[0], "network": subject.name,
+                 "timing": asdict(always(sum(node_seconds(subject.network, batches[0]).values()) ** bend["power"]))} for subject in subjects]
 
     monkeypatch.setattr(latency, "by_node", node_seconds)
-    monkeypatch.setattr(lookup.Where, "times", times)
+    monkeypatch.setattr(latency, "compare", compare)
     return bend
 
 
@@ -69,7 +72,7 @@ def test_the_model_finds_the_formula_behind_the_times(space):
     assert space.table.error < 5e-3
     for seed in range(5):
         widths = some_widths(space, 100 + seed)
-        assert space.share("latency", widths) == pytest.approx(space.clock(widths), rel=5e-3)
+        assert space.share("latency", widths) == pytest.approx(space.clock(widths, 0.5), rel=5e-3)
         real = torch.from_numpy(widths.astype(float)).requires_grad_()
         total = space.costs["latency"].differentiable(real)
         assert float(total.detach()) == pytest.approx(space.costs["latency"].total(widths), rel=1e-6)
@@ -83,24 +86,19 @@ def test_the_clock_has_the_last_word(space, formula, power, target):
     formula["power"] = power  # the table was measured before: now it is wrong
     value = [np.sort(np.random.default_rng(0).random(len(group.candidates)))[::-1] for group in space.groups]
     widths = fit_budget(space, value, Budget(latency=target))
-    assert NEAR[0] <= space.clock(widths) / target <= NEAR[1]
+    assert NEAR[0] <= space.clock(widths, target) / target <= NEAR[1]
     both = fit_budget(space, value, Budget(latency=target, flops=0.2))
-    assert space.ratio(both) <= 0.2 and space.clock(both) / target <= NEAR[1]
+    assert space.ratio(both) <= 0.2 and space.clock(both, target) / target <= NEAR[1]
 
 
-@pytest.mark.parametrize("aim, count", [(None, lookup.LOOKS), (0.5, lookup.LOOKS), (0.3, lookup.FIRST)])
-def test_a_network_that_is_far_off_is_looked_at_less_often(monkeypatch, aim, count):
+@pytest.mark.parametrize("aim, readings", [(0.5, [lookup.ROUGH, lookup.READING]), (0.3, [lookup.ROUGH])])
+def test_a_network_that_is_far_off_is_timed_roughly(monkeypatch, aim, readings):
     network, seen = torch.fx.GraphModule(torch.nn.Module(), torch.fx.Graph()), []
     network.meta["input_size"] = (3, 8, 8)
-    monkeypatch.setattr(lookup.Where, "times", lambda self, subjects, seconds: seen.append(subjects) or {"whole": always(2.0), "small": always(1.0)})
-    assert lookup.Where("eager", 1, torch.device("cpu")).looks(network, network, aim) == [(2.0, 1.0)] * count
-    assert all(subjects is seen[0] for subjects in seen)  # which are exported once
-
-
-def test_what_hinders_some_looks_does_not_move_the_share():
-    quiet = [(2.0, 1.0)] * lookup.LOOKS
-    hindered = [(whole * (1.3 if i < lookup.LOOKS * 0.7 else 1.0), small) for i, (whole, small) in enumerate(quiet)]
-    assert lookup.share(quiet) == lookup.share(hindered) == 0.5
+    monkeypatch.setattr(lookup.Where, "times", lambda self, subjects, seconds: seen.append((subjects, seconds)) or {"whole": always(2.0), "small": always(1.0)})
+    assert lookup.Where("eager", 1, torch.device("cpu")).share(network, network, aim) == 0.5
+    assert [seconds for _, seconds in seen] == readings
+    assert all(subjects is seen[0][0] for subjects, _ in seen)  # which are exported once
 
 
 def test_coefficients_are_fitted_and_never_negative():

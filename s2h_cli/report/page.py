@@ -179,14 +179,14 @@ def _latencies(run: Run) -> str:
     rows = []
     for row, share in bench.rows_with_shares(run.latency):
         if "failed" in row:
-            rows.append([row["format"], row["batch"], row["network"], "", "", f"failed: {row['failed']}"])
+            rows.append([row["format"], row["batch"], row["network"], "", f"failed: {row['failed']}"])
             continue
         timing = row["timing"]
         rows.append([row["format"], row["batch"], row["network"], f"{timing['median'] * 1e3:.3g} ({timing['low'] * 1e3:.3g} to {timing['high'] * 1e3:.3g})",
-                     f"{timing['least'] * 1e3:.3g}", "" if share is None else f"{share:.2f}"])
+                     "" if share is None else f"{share:.2f}"])
     reasons = "".join(f"<p>{_safe(reason)}</p>" for reason in run.latency["pairs"][0]["reasons"])
     return (f"<h2>Latency</h2><p>On {_safe(run.latency['place'])}. Measure more, on any machine: s2h bench {_safe(run.folder)}</p>"
-            + _table(["format", ">batch", "network", ">ms, median (quartiles)", ">least", ">share of the least"], rows) + reasons)
+            + _table(["format", ">batch", "network", ">ms, median (quartiles)", ">share"], rows) + reasons)
 
 
 def _frozen(plan: dict[str, Any]) -> str:

@@ -122,16 +122,16 @@ def models(found: list[Known], versions: dict[str, str]) -> Table:
 
 def latencies(found: dict[str, Any]) -> Group:
     """What `s2h bench` shows: a line for each format, batch and network, then where the time went and why it fell by less than the MACs."""
-    table = _table(f"On {found['place']}", "format", ">batch", "*network", ">ms", ">spread", ">images/s", ">least", ">time")
+    table = _table(f"On {found['place']}", "format", ">batch", "*network", ">ms", ">spread", ">images/s", ">share")
     for row, share in rows_with_shares(found):
         if "failed" in row:
-            table.add_row(row["format"], str(row["batch"]), row["network"], "", "", "", "", "failed")
+            table.add_row(row["format"], str(row["batch"]), row["network"], "", "", "", "failed")
             continue
         timing = row["timing"]
         table.add_row(row["format"], str(row["batch"]), row["network"], f"{timing['median'] * 1e3:.3g}",
                       f"±{(timing['high'] - timing['low']) / 2 / timing['median']:.1%}", f"{row['batch'] / timing['median']:.0f}",
-                      f"{timing['least'] * 1e3:.3g}", "" if share is None else f"{share:.2f}")
-    table.caption = "ms: median of a batch; spread: half the distance of the quartiles; least: in ms\ntime: the least, as a share of the whole network's least"
+                      "" if share is None else f"{share:.2f}")
+    table.caption = "ms: median of a batch; spread: half the distance of the quartiles\nshare: of the whole network's time, median by median"
     if any((timing["high"] - timing["low"]) / 2 > RELIABLE * timing["median"] for row in found["rows"] if (timing := row.get("timing"))):
         table.caption += "\nThe spread is large: others use this machine; run it again when it is quiet."
     table.caption_justify = "left"
