@@ -216,7 +216,7 @@ def compare(subjects: list[Subject], formats: list[str], batches: list[int], dev
             for batch in batches:
                 told(f"{format}, batch {batch}")
                 offered = [subject for subject in subjects if format in subject.formats]
-                timed, failed = _timed(offered, format, batch, place, seconds)
+                timed, failed = blocks_of(offered, format, batch, place, seconds)
                 timings = {name: Timing.of(blocks) for name, blocks in timed.items()}
                 found = {name: {"timing": asdict(timing), "share": timing.median / next(iter(timings.values())).median} for name, timing in timings.items()}
                 found |= {name: {"failed": reason} for name, reason in failed.items()}
@@ -225,7 +225,7 @@ def compare(subjects: list[Subject], formats: list[str], batches: list[int], dev
     return rows
 
 
-def _timed(subjects: list[Subject], format: str, batch: int, place: Place, seconds: float) -> tuple[dict[str, list[float]], dict[str, str]]:
+def blocks_of(subjects: list[Subject], format: str, batch: int, place: Place, seconds: float) -> tuple[dict[str, list[float]], dict[str, str]]:
     """Seconds a call of each block of each network, which are made anew, elsewhere in memory, after `PLACED_SECONDS`; and why those that
     cannot be run cannot."""
     blocks: dict[str, list[float]] = defaultdict(list)
