@@ -20,6 +20,7 @@ from s2h_cli.masks import widths_of
 from s2h_cli.plan import Plan, Space
 from s2h_cli.rebuild import rebuild
 from s2h_cli.source import load_source
+from torch import fx
 
 QUANTILES = (0.0, 0.1, 0.25, 0.5)
 #: Of each share.
@@ -40,11 +41,7 @@ def main() -> None:
 
 def shares(model: str, flops: float, seconds: float) -> list[list[float]]:
     """The shares of each window, by quantile and paired."""
-    source = load_source(model, num_classes=10, pretrained=False, img_size=32)
-    network = capture(source.module, source.input_size).network
-    space = Space(network)
-    widths = widths_of(space, torch.ones(len(space.groups)), Budget(flops=flops))
-    small = rebuild(network, Plan.from_widths(space, widths, np.zeros(space.size)))
+    _, network, small = pair(model, flops)
     subjects, place = lookup.subjects_of({"whole": network, "small": small}), latency.Place(torch.device("cpu"), torch.get_num_threads())
     found, ends = [], time.time() + seconds
     with torch.inference_mode():
@@ -53,6 +50,15 @@ def shares(model: str, flops: float, seconds: float) -> list[list[float]]:
             whole, cut = np.array(blocks["whole"]), np.array(blocks["small"])
             found.append([*(np.quantile(cut, QUANTILES) / np.quantile(whole, QUANTILES)), np.median(cut / whole)])
     return found
+
+
+def pair(model: str, flops: float) -> tuple[Space, fx.GraphModule, fx.GraphModule]:
+    """A network for images of 32 px with its space, and it cut to a share of its MACs, all groups alike."""
+    source = load_source(model, num_classes=10, pretrained=False, img_size=32)
+    network = capture(source.module, source.input_size).network
+    space = Space(network)
+    widths = widths_of(space, torch.ones(len(space.groups)), Budget(flops=flops))
+    return space, network, rebuild(network, Plan.from_widths(space, widths, np.zeros(space.size)))
 
 
 if __name__ == "__main__":

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any, Callable
 
 import torch
 from torch import fx, nn
 
-from . import artifacts, exports, hub, latency, lookup
+from . import artifacts, exports, fresh, hub, latency, lookup
 from .device import pick_device
 from .errors import UserError
 from .files import writing
@@ -76,11 +77,12 @@ def pair(name: str, whole: fx.GraphModule, small_name: str, small: fx.GraphModul
     """A network and what it was cut to: data as `bench` returns them, without kinds and reasons.
 
     Args:
-        limited: by `--latency`; so they are timed for as long as when the widths were chosen, and not for an instant.
+        limited: by `--latency`; so they are timed as when the widths were chosen, in a fresh process and for as long, and not for an instant.
     """
     before, after = f"{name}, {whole.meta['input_size'][-1]} px", small_name
-    rows = latency.compare(lookup.subjects_of({before: whole, after: small}), [where.format], [where.batch], where.device, torch.get_num_threads(),
-                           lookup.READING if limited else 0.0)
+    compare = partial(latency.compare, lookup.subjects_of({before: whole, after: small}), [where.format], [where.batch], where.device,
+                      torch.get_num_threads(), lookup.READING if limited else 0.0)
+    rows = fresh.call(compare) if limited else compare()
     return {"place": latency.describe(where.device, torch.get_num_threads()), "rows": rows,
             "pairs": [{"before": before, "after": after, "macs": macs, "kinds": {}, "reasons": []}]}
 

@@ -26,7 +26,8 @@ from torch.utils.benchmark import Timer
 
 from . import exports
 from .errors import UserError, why
-from .graph import to_device
+from .graph import tensors_of, to_device
+from .network_json import network_from_json, network_to_json
 from .program import Program
 
 Call = Callable[[], Any]
@@ -117,6 +118,12 @@ class Subject:
         self._program: Program | None = None
         self._folder: tempfile.TemporaryDirectory | None = None
 
+    def __reduce__(self) -> tuple:
+        """As data (see `network_json`): `torch.fx` would trace the network anew. Exports that were made for it stay behind."""
+        known = {format: path for format, path in self.files.items() if self._folder is None or Path(self._folder.name) not in path.parents}
+        network = None if self.network is None else (network_to_json(self.network), {name: t.detach() for name, t in tensors_of(self.network).items()})
+        return _subject, (self.name, self.input_size, network, known, self.batch)
+
     @property
     def formats(self) -> list[str]:
         """Those that it can be timed in."""
@@ -140,6 +147,12 @@ class Subject:
             self._folder = self._folder or tempfile.TemporaryDirectory()
             self.files[format] = exports.export(self._program, Path(self._folder.name), format)
         return self.files[format]
+
+
+def _subject(name: str, input_size: tuple[int, int, int], network: tuple[dict, dict[str, torch.Tensor]] | None, files: dict[str, Path],
+             batch: int | None) -> Subject:
+    """The inverse of `Subject.__reduce__`."""
+    return Subject(name, input_size, network and network_from_json(*network), files, batch)
 
 
 def _copy_on(network: fx.GraphModule, device: torch.device) -> fx.GraphModule:

@@ -5,7 +5,7 @@ from dataclasses import asdict
 import numpy as np
 import pytest
 import torch
-from s2h_cli import artifacts, bench, exports, latency, lookup, masks
+from s2h_cli import artifacts, bench, exports, fresh, latency, lookup, masks
 from s2h_cli.budget import Budget
 from s2h_cli.cost import CostModel, count_macs
 from s2h_cli.graph import capture
@@ -40,6 +40,11 @@ def always(seconds):
     return latency.Timing(seconds, seconds, seconds, blocks=7)
 
 
+def here_and_now(function, *args):
+    """`fresh.call` where what was patched holds."""
+    return function(*args)
+
+
 @pytest.fixture
 def formula(monkeypatch):
     """Makes all times follow the formula, bent by a power that no table knows of."""
@@ -51,6 +56,7 @@ def formula(monkeypatch):
 
     monkeypatch.setattr(latency, "by_node", node_seconds)
     monkeypatch.setattr(latency, "compare", compare)
+    monkeypatch.setattr(fresh, "call", here_and_now)
     return bend
 
 
@@ -95,6 +101,7 @@ def test_the_clock_has_the_last_word(space, formula, power, target):
 def test_a_network_that_is_far_off_is_timed_roughly(monkeypatch, aim, readings):
     network, seen = torch.fx.GraphModule(torch.nn.Module(), torch.fx.Graph()), []
     network.meta["input_size"] = (3, 8, 8)
+    monkeypatch.setattr(fresh, "call", here_and_now)
     monkeypatch.setattr(lookup.Where, "times", lambda self, subjects, seconds: seen.append((subjects, seconds)) or {"whole": always(2.0), "small": always(1.0)})
     assert lookup.Where("eager", 1, torch.device("cpu")).share(network, network, aim) == 0.5
     assert [seconds for _, seconds in seen] == readings
