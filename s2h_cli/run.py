@@ -346,9 +346,9 @@ def finish(config: Config, budget: Budget, folder: Path, ending: str, job: Job, 
         artifacts.record(folder, results)
         timed = bench.pair(config.model, part.network, str(folder), small, facts["macs"]["ratio"],
                            lookup.Where(config.latency_format, config.latency_batch, job.device), limited=job.latency is not None)
-        if job.latency:
-            (share,) = bench.shares(timed["pairs"][0], timed["rows"]).values()
-            if share > budget.latency * (1 + lookup.OVER):
+        failed += [f"the time of {row['network']} cannot be measured ({row['failed']})" for row in timed["rows"] if "failed" in row]
+        for share in bench.shares(timed["pairs"][0], timed["rows"]).values():
+            if job.latency and share > budget.latency * (1 + lookup.OVER):
                 console.print(f"note: it takes {share:.3f} of the whole network's time, more than the {budget.latency:.3g} that --latency allows; ask for less, on a "
                               "machine that does nothing else", soft_wrap=True)
         bench.keep(folder, timed)

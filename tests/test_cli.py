@@ -222,6 +222,16 @@ def test_a_format_that_fails_does_not_cost_the_others(here, monkeypatch, capsys)
     assert (here / "out" / "model.pt2").exists() and not (here / "out" / "model.onnx").exists()
 
 
+def test_a_result_that_cannot_be_timed_is_whole_all_the_same(here, monkeypatch, capsys):
+    def broken(*args):
+        raise MemoryError("no room")
+
+    monkeypatch.setitem(latency.FORMATS, "eager", broken)
+    line = error_of(capsys, *PRUNE, "--epochs", "0", "-o", "out")
+    assert line.count("cannot be measured") == 2 and "no room" in line
+    assert {"README.md", "report.html", "model.onnx"} <= {path.name for path in (here / "out").iterdir()}
+
+
 def test_another_run_is_not_resumed(here, capsys):
     assert s2h(*PRUNE, "--epochs", "1", "-o", "out") == 0
     line = error_of(capsys, *PRUNE, "--flops", "0.6", "-o", "out", "--resume")
