@@ -22,8 +22,8 @@ import timm
 import torch
 from torch import nn
 
-from s2h_cli.graph import capture
 from s2h_cli.budget import Budget
+from s2h_cli.graph import capture
 from s2h_cli.masks import widths_of
 from s2h_cli.methods.s2h import S2H, Settings
 from s2h_cli.plan import Space
@@ -92,8 +92,8 @@ def steps(network, space: Space, flops: float, images: torch.Tensor, targets: to
     moving, alone = (S2H(network, space, Budget(flops=flops)) for _ in range(2))
     widths = torch.from_numpy(widths_of(space, torch.ones(len(space.groups)), Budget(flops=flops)))
     for method, progress in ((moving, 0.0), (alone, Settings.freeze)):
-        with torch.no_grad():  # all but sure of the same share of every group
-            method.masks.u.copy_(torch.where(method.masks.candidates.cpu() == widths[:, None], 0.0, -40.0))
+        with torch.no_grad():  # as sure of the same share of every group as masks can become; were they surer, products of gates too small for float32 would slow the step down
+            method.masks.u.copy_(torch.where(method.masks.candidates.cpu() == widths[:, None], 0.0, -Settings.mask_speed * Settings.freeze))
         method.network.train()
         method.hard.module.train()
         method.start_step(progress)
