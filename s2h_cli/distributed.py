@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from datetime import timedelta
 from functools import cache
 from typing import Any
 
@@ -16,6 +17,9 @@ from .errors import UserError, why
 #: Set by torchrun: this process among all, their number, its number on this machine, and how often the job was started again.
 RANK, WORLD, LOCAL_RANK, RESTARTS = (int(os.environ.get(name, default)) for name, default in (
     ("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0), ("TORCHELASTIC_RESTART_COUNT", 0)))
+#: How long a process waits for the others: while the first one measures latency alone, of some 20 networks that may have to be compiled. (When a
+#: process dies torchrun ends the others at once.)
+WAIT = timedelta(hours=1)
 
 
 @cache
@@ -48,7 +52,7 @@ def join(device: torch.device) -> None:
             torch.cuda.set_device(device)
         # Under a prefix, since the store keeps the addresses of processes that died.
         try:
-            dist.init_process_group("nccl" if device.type == "cuda" else "gloo", rank=RANK, world_size=WORLD,
+            dist.init_process_group("nccl" if device.type == "cuda" else "gloo", rank=RANK, world_size=WORLD, timeout=WAIT,
                                     store=dist.PrefixStore(f"s2h/{RESTARTS}", store()))
             dist.all_reduce(torch.zeros(1, device=device))  # NCCL connects when it is first used
         except (dist.DistError, RuntimeError) as error:
