@@ -92,7 +92,7 @@ def steps(network, space: Space, flops: float, images: torch.Tensor, targets: to
     moving, alone = (S2H(network, space, Budget(flops=flops)) for _ in range(2))
     widths = torch.from_numpy(widths_of(space, torch.ones(len(space.groups)), Budget(flops=flops)))
     for method, progress in ((moving, 0.0), (alone, Settings.freeze)):
-        with torch.no_grad():  # as sure of the same share of every group as masks can become; were they surer, products of gates too small for float32 would slow the step down
+        with torch.no_grad():  # a little surer than masks of runs are at the freeze; at -40, products too small for float32 would slow the step down
             method.masks.u.copy_(torch.where(method.masks.candidates.cpu() == widths[:, None], 0.0, -Settings.mask_speed * Settings.freeze))
         method.network.train()
         method.hard.module.train()
