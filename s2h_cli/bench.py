@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from functools import partial
 from pathlib import Path
 from typing import Any, Callable
 
@@ -80,9 +79,8 @@ def pair(name: str, whole: fx.GraphModule, small_name: str, small: fx.GraphModul
         limited: by `--latency`; so they are timed as when the widths were chosen, in a fresh process and for as long, and not for an instant.
     """
     before, after = f"{name}, {whole.meta['input_size'][-1]} px", small_name
-    compare = partial(latency.compare, lookup.subjects_of({before: whole, after: small}), [where.format], [where.batch], where.device,
-                      torch.get_num_threads(), lookup.READING if limited else 0.0)
-    rows = fresh.call(compare) if limited else compare()
+    subjects = lookup.subjects_of({before: whole, after: small})
+    rows = fresh.call(where.rows, subjects, lookup.READING) if limited else where.rows(subjects, 0.0)
     return {"place": latency.describe(where.device, torch.get_num_threads()), "rows": rows,
             "pairs": [{"before": before, "after": after, "macs": macs, "kinds": {}, "reasons": []}]}
 

@@ -119,10 +119,9 @@ class Subject:
         self._folder: tempfile.TemporaryDirectory | None = None
 
     def __reduce__(self) -> tuple:
-        """As data (see `network_json`): `torch.fx` would trace the network anew. Exports that were made for it stay behind."""
-        known = {format: path for format, path in self.files.items() if self._folder is None or Path(self._folder.name) not in path.parents}
+        """As data (see `network_json`): `torch.fx` would trace the network anew. Files go by their paths, so exports serve while this one lives."""
         network = None if self.network is None else (network_to_json(self.network), {name: t.detach() for name, t in tensors_of(self.network).items()})
-        return _subject, (self.name, self.input_size, network, known, self.batch)
+        return _subject, (self.name, self.input_size, network, self.files, self.batch)
 
     @property
     def formats(self) -> list[str]:

@@ -12,6 +12,7 @@ network that it found against the whole one, and tries again until the two agree
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -47,13 +48,17 @@ class Where:
     batch: int
     device: torch.device
 
+    def rows(self, subjects: list[latency.Subject], seconds: float) -> list[dict[str, Any]]:
+        """Those of `latency.compare`."""
+        return latency.compare(subjects, [self.format], [self.batch], self.device, torch.get_num_threads(), seconds)
+
     def times(self, subjects: list[latency.Subject], seconds: float) -> dict[str, latency.Timing]:
         """Of one batch of each network.
 
         Raises:
             UserError: one cannot be run there.
         """
-        rows = latency.compare(subjects, [self.format], [self.batch], self.device, torch.get_num_threads(), seconds)
+        rows = self.rows(subjects, seconds)
         for row in rows:
             if "failed" in row:
                 raise UserError(f"--latency cannot be measured in {self.format} ({row['failed']}); choose another --latency-format")
@@ -62,10 +67,7 @@ class Where:
     def share(self, whole: fx.GraphModule, small: fx.GraphModule, aim: float) -> float:
         """The time of the small network as a share of the whole one's, in a fresh process; a rough one where that is `FAR` from what is aimed
         at. In all processes of the job what the first one measured."""
-        found = None
-        if distributed.RANK == 0:
-            found = fresh.call(self._share, subjects_of({"whole": whole, "small": small}), aim)
-        return distributed.from_first(found)
+        return distributed.from_first(fresh.call(self._share, subjects_of({"whole": whole, "small": small}), aim) if distributed.RANK == 0 else None)
 
     def _share(self, subjects: list[latency.Subject], aim: float) -> float:
         for seconds in (ROUGH, READING):  # files that are exported serve both
@@ -159,8 +161,9 @@ def measure(network: fx.GraphModule, space: Space, where: Where) -> Table:
                                                                     for small in networks.values())])
     coefficients = np.array([_nonnegative(x[:, i], alone[:, i]) for i in range(len(nodes))])
 
-    together = where.times(subjects_of(networks), EACH * len(networks))
-    ends = fresh.call(where.times, subjects_of({i: networks[i] for i in ("0", "1")}), READING)
+    subjects = subjects_of(networks)
+    together = where.times(subjects, EACH * len(networks))
+    ends = fresh.call(where.times, subjects[:2], READING)
     # In this process, with all of its networks, they are slower, by much the same time each: so many do not go to a fresh one.
     whole, least = (ends[i].median for i in ("0", "1"))
     seconds = np.interp([timing.median for timing in together.values()], [together["1"].median, together["0"].median], [least, whole])
