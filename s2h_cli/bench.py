@@ -28,7 +28,7 @@ LIKED = 16
 
 
 def bench(items: list[str], *, formats: list[str], batches: list[int], img_size: int | None, device: str, threads: int | None, seconds: float,
-          told: Callable[[str], None]) -> dict[str, Any]:
+          told: Callable[[str], None], trust: bool = False) -> dict[str, Any]:
     """Times run folders (and what they were cut from), models and exported files against each other (see `latency.compare`). What is found
     of a run is kept in its folder.
 
@@ -47,7 +47,7 @@ def bench(items: list[str], *, formats: list[str], batches: list[int], img_size:
     where, threads = pick_device(device), threads or torch.get_num_threads()
     subjects, pairs = {}, []
     for item in items:
-        found = subjects_of(item, img_size)
+        found = subjects_of(item, img_size, trust)
         subjects |= {subject.name: subject for subject in found}
         if len(found) == 2:
             pairs.append({"before": found[0].name, "after": found[1].name, "macs": artifacts.read_plan(hub.local(item))["macs"]["ratio"]})
@@ -97,7 +97,7 @@ def read(folder: Path) -> dict[str, Any] | None:
     return json.loads(path.read_text()) if path.exists() else None
 
 
-def subjects_of(item: str, img_size: int | None) -> list[latency.Subject]:
+def subjects_of(item: str, img_size: int | None, trust: bool = False) -> list[latency.Subject]:
     """What `s2h bench` times of an item: of a run folder what it was cut from, and the result."""
     if is_run(item):
         folder = hub.local(item)
@@ -108,7 +108,7 @@ def subjects_of(item: str, img_size: int | None) -> list[latency.Subject]:
     if format is None:
         source = load_source(item, pretrained=False, img_size=img_size)
         return [latency.Subject(item, source.input_size, capture(source.module, source.input_size).network)]
-    run, metadata = exports.load_artifact(item), exports.read_metadata(item)
+    run, metadata = exports.load_artifact(item, trust), exports.read_metadata(item)
     if "input_size" not in metadata:
         raise UserError(f"'{item}' does not tell its input size: s2h did not write it; give a run or its files")
     found = {"network": run} if format == "pt2" else {"files": {format: Path(item)}}

@@ -19,6 +19,7 @@ from . import CONVENTION
 from .budget import KINDS
 from .config import Config, configure
 from .errors import UserError
+from .shown import printable
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False,
                   help="Compress your own vision model in one training run.\n\n"
@@ -32,6 +33,7 @@ DATA = typer.Option(help="A folder with train/ and val/, a folder of class folde
 #: What typer returns after Ctrl-C.
 INTERRUPTED = 130
 SKIP = typer.Option("--skip-bad-images", help="Leave unreadable images out.")
+TRUST = typer.Option("--trust", help="Run code that a result or an exported file names or holds: only for files of people you trust.")
 
 
 def setting(text: str, *names: str, default: Any = None, **options: Any) -> Any:
@@ -192,7 +194,10 @@ def push(
     """Push the result of RUN to the Hugging Face hub; `hf://USER/NAME` loads it from there."""
     from . import hub
 
-    print(hub.push(folder, repo, private))
+    address, notes = hub.push(folder, repo, private)
+    for note in notes:
+        print(f"note: {printable(note)}")
+    print(printable(address))
 
 
 @app.command(epilog="Example: s2h models 'convnext*'")
@@ -231,7 +236,7 @@ def report(
     from .report import page
 
     several = Path(page.FILE) if len(folders) > 1 else None
-    print(page.write_report(*folders, file=output or several))
+    print(printable(page.write_report(*folders, file=output or several)))
 
 
 @app.command(epilog="Example: s2h bench runs/resnet18-f0.35")
@@ -245,6 +250,7 @@ def bench(
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1; auto takes a GPU where there is one.")] = "auto",
     threads: Annotated[Optional[int], typer.Option(min=1, help="Threads on a CPU. [default: torch's, one a core]", show_default=False)] = None,
     seconds: Annotated[float, typer.Option(min=0.1, help="How long to time each format at each batch.")] = 2.0,
+    trust: Annotated[bool, TRUST] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the figures as JSON.")] = False,
 ) -> None:
     """Measure how long results and models take on this machine, in turn, so that noise hits all alike."""
@@ -256,7 +262,7 @@ def bench(
         fail(f"--batch {batch} is no number of images; give one, such as 1, or several, such as 1,32")
     formats = format.split(",") if format else latency.installed()
     with tables.console(stderr=True).status("loading") as status:
-        found = run.timed(items, formats=formats, batches=batches, img_size=img_size, device=device, threads=threads, seconds=seconds,
+        found = run.timed(items, formats=formats, batches=batches, img_size=img_size, device=device, threads=threads, seconds=seconds, trust=trust,
                             told=lambda what: status.update(f"timing {what}"))
     failed = [f"{row['network']} in {row['format']}: {row['failed']}" for row in found["rows"] if "failed" in row] + found.pop("not_kept")
     if as_json:
@@ -275,12 +281,14 @@ def evaluate(
     workers: Annotated[int, typer.Option(min=0, help="Processes that load images.")] = 4,
     val_fraction: Annotated[Optional[float], setting("As for prune. [default: that of the run]")] = None,
     skip_bad_images: Annotated[bool, SKIP] = False,
+    trust: Annotated[bool, TRUST] = False,
 ) -> None:
     """Measure the top-1 accuracy of a result on the validation images of DATA."""
     from . import run
 
-    accuracy, images = run.evaluate(artifact, data, batch_size=batch_size, workers=workers, val_fraction=val_fraction, skip_bad_images=skip_bad_images)
-    print(f"{artifact}  top-1 {accuracy:.2f} % of {images} images")
+    accuracy, images = run.evaluate(artifact, data, batch_size=batch_size, workers=workers, val_fraction=val_fraction, skip_bad_images=skip_bad_images,
+                                    trust=trust)
+    print(f"{printable(artifact)}  top-1 {accuracy:.2f} % of {images} images")
 
 
 def main(args: list[str] | None = None) -> None:
@@ -317,7 +325,7 @@ def main(args: list[str] | None = None) -> None:
 def fail(message: str) -> NoReturn:
     if distributed_rank() > 0:
         time.sleep(2)  # what fails in every process the first one says; torchrun ends the others with it
-    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    print(f"error: {printable(' '.join(message.split()))}", file=sys.stderr)
     raise SystemExit(2) from None
 
 

@@ -26,6 +26,15 @@ from .program import Program, cpu_copy, random_images
 
 #: Where the metadata lie: an extra file of TorchScript and pt2, a property of ONNX.
 METADATA = "s2h.json"
+#: How much of JSON is read from an exported file, in bytes: the names of some hundred thousand classes.
+JSON_BYTES = 1 << 24
+#: The most that protobuf, and so an ONNX file, can hold; more weights lie beside it.
+ONNX_BYTES = 1 << 31
+#: Operators of ONNX that run others, and perhaps without end.
+CONTROL_FLOW = ("If", "Loop", "Scan", "SequenceMap")
+#: The largest image side, in pixels, and the largest fixed batch that an exported file may ask for.
+LARGEST_SIDE, LARGEST_BATCH = 4096, 65536
+INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos")
 #: The least opset that torch's exporter writes by itself.
 EXPORTERS_OPSET = 18
 #: The largest difference from the network that `check` lets pass, relative to the largest logit.
@@ -135,13 +144,50 @@ def onnx_session(file: Path, threads: int = 0, cuda: bool = False) -> Any:
 
 
 def _run_onnx(file: Path) -> Run:
+    _refuse_outside(file)
     session = onnx_session(file)
     name = session.get_inputs()[0].name
     return lambda images: torch.from_numpy(session.run(None, {name: images.numpy()})[0])
 
 
+def _refuse_outside(file: Path) -> None:
+    """Refuses an ONNX file whose weights lie elsewhere than beside it, or that has what s2h never writes and what can run without end."""
+    import onnx
+
+    model = _onnx_model(file)
+    if model.functions:
+        raise RuntimeError("it defines functions of its own, which s2h writes none of")
+    folder = file.resolve().parent
+    for message in _messages(model):
+        if isinstance(message, onnx.NodeProto) and message.op_type in CONTROL_FLOW:
+            raise RuntimeError(f"it has the operator {message.op_type}, which could run without end; s2h writes none")
+        if isinstance(message, onnx.TensorProto) and message.data_location == onnx.TensorProto.EXTERNAL:
+            location = next((entry.value for entry in message.external_data if entry.key == "location"), "")
+            beside = folder / location
+            if not location or Path(location).is_absolute() or beside.is_symlink() or beside.resolve().parent != folder or not beside.is_file():
+                raise RuntimeError(f"it reads weights from {location!r}, which is no file beside it")
+
+
+def _onnx_model(file: Path) -> Any:
+    """An ONNX file, without weights that lie in other files."""
+    import onnx
+
+    if file.stat().st_size > ONNX_BYTES:
+        raise RuntimeError(f"it is larger than an ONNX file can be ({ONNX_BYTES >> 30} GiB)")
+    return onnx.load(str(file), load_external_data=False)
+
+
+def _messages(message: Any) -> Iterator[Any]:
+    """The messages inside a protobuf message, at any depth."""
+    for field, value in message.ListFields():
+        if field.message_type is not None:
+            for inner in [value] if hasattr(value, "ListFields") else value:
+                yield inner
+                yield from _messages(inner)
+
+
 def _run_pt2(file: Path) -> Run:
-    """No pickle is loaded, but `torch.export.load` evaluates the sizes' formulas in the file: run only files of known origin."""
+    """No pickle is loaded, but `torch.export.load` evaluates the sizes' formulas in the file."""
     _refuse_pickles(file)
     # `torch.export.load` falls back to unsafe unpickling of the example inputs; torch's own switch forbids it.
     with _environment("TORCH_FORCE_WEIGHTS_ONLY_LOAD", "1"):
@@ -152,7 +198,7 @@ def _refuse_pickles(file: Path) -> None:
     """Refuses a pt2 file with weights or constants that `torch.export.load` would unpickle; `export` writes none."""
     with zipfile.ZipFile(file) as archive:
         names = [name.partition("/")[2] for name in archive.namelist()]
-        configs = [json.loads(archive.read(name)) for name in archive.namelist()
+        configs = [json.loads(_member(archive, name)) for name in archive.namelist()
                    if re.search(r"/data/(weights|constants)/[^/]*config\.json$", name)]
     payloads = [payload for config in configs for payload in config["config"].values()]
     if (not configs or any(re.fullmatch(r"data/(weights|constants)/[^/]*\.pt", name) for name in names)
@@ -161,17 +207,19 @@ def _refuse_pickles(file: Path) -> None:
 
 
 class Format(NamedTuple):
-    """A format of `EXPORTS`: its file in a run folder; `write(program, file, metadata)`; `run(file)`."""
+    """A format of `EXPORTS`: its file in a run folder; `write(program, file, metadata)`; `run(file)`; what a file of a stranger could do
+    when it is loaded, if it is more than data."""
 
     file: str
     write: Callable[[Program, Path, str], None]
     run: Callable[[Path], Run]
+    danger: str = ""
 
 
 EXPORTS: dict[str, Format] = {
-    "torchscript": Format("model.ts", _write_torchscript, _run_torchscript),
+    "torchscript": Format("model.ts", _write_torchscript, _run_torchscript, "a TorchScript file is a program, which can read and write files"),
     "onnx": Format("model.onnx", _write_onnx, _run_onnx),
-    "pt2": Format("model.pt2", _write_pt2, _run_pt2),
+    "pt2": Format("model.pt2", _write_pt2, _run_pt2, "loading a pt2 file evaluates expressions in it, which can run any code"),
 }
 
 
@@ -238,16 +286,31 @@ def checked_format(path: Path) -> str:
     return format
 
 
-def load_artifact(path: str | os.PathLike) -> Run:
-    """What runs a run folder or an exported file; a module, but for ONNX.
+def check_trust(path: Path, trust: bool) -> str:
+    """The format of an exported file that may be loaded.
 
     Raises:
-        UserError: there is no such file, its ending is unknown, or it cannot be loaded.
+        UserError: there is no such file, its ending is unknown, or it could run code and is not trusted.
+    """
+    format = checked_format(path)
+    if (danger := EXPORTS[format].danger) and not trust:
+        raise UserError(f"{path} is not loaded: {danger}; add --trust if you made it or trust who did, or give the run's folder, which is data")
+    return format
+
+
+def load_artifact(path: str | os.PathLike, trust: bool = False) -> Run:
+    """What runs a run folder or an exported file; a module, but for ONNX.
+
+    Args:
+        trust: load formats that can run code, too: for files that this process wrote, or whose origin the user trusts.
+
+    Raises:
+        UserError: there is no such file, its ending is unknown, it could run code and is not trusted, or it cannot be loaded.
     """
     path = Path(path)
     if path.is_dir():
         return load(path)
-    format = checked_format(path)
+    format = check_trust(path, trust)
     try:
         with quiet():
             return EXPORTS[format].run(path)
@@ -257,36 +320,98 @@ def load_artifact(path: str | os.PathLike) -> Run:
         raise UserError(f"{path}: cannot be loaded: {why(error)}; export it again") from error
 
 
-def run_artifact(path: str | os.PathLike) -> Run:
+def run_artifact(path: str | os.PathLike, trust: bool = False) -> Run:
     """A function from images (N, C, H, W), float32 on the CPU, to logits (N, classes), for a run folder or an exported file.
+
+    The function raises UserError where the network fails on images, or gives something else than logits.
+
+    Args:
+        trust: as of `load_artifact`.
 
     Raises:
         UserError: as of `load_artifact`.
     """
-    run = load_artifact(path)
-    return torch.no_grad()(lambda images: run(images))
+    run = load_artifact(path, trust)
+
+    @torch.no_grad()
+    def checked(images: torch.Tensor) -> torch.Tensor:
+        try:
+            logits = run(images)
+        except Exception as error:  # runtimes raise whatever they like
+            raise UserError(f"{path}: fails on images of {tuple(images.shape)}: {why(error)}") from error
+        if not isinstance(logits, torch.Tensor) or logits.ndim != 2 or len(logits) != len(images) or not logits.is_floating_point():
+            got = f"{logits.dtype} of {tuple(logits.shape)}" if isinstance(logits, torch.Tensor) else type(logits).__name__
+            raise UserError(f"{path}: gives {got} for {len(images)} images, not their logits; export it again")
+        return logits
+
+    return checked
 
 
 def read_metadata(path: str | os.PathLike) -> dict:
-    """The metadata given to `export`; empty for a file of other origin.
+    """The metadata given to `export`, which no code of the file is run for; empty for a file of other origin.
 
     Raises:
-        UserError: the file cannot be read.
+        UserError: the file cannot be read, or its metadata are not those that s2h writes.
     """
     path = Path(path)
+    format = checked_format(path)
     try:
-        if path.suffix.lower() == ".onnx":
-            import onnx
-
-            properties = onnx.load(str(path), load_external_data=False).metadata_props
-            text = next((p.value for p in properties if p.key == METADATA), "{}")
+        if format == "onnx":
+            text = next((p.value for p in _onnx_model(path).metadata_props if p.key == METADATA), "{}")
         else:
             with zipfile.ZipFile(path) as archive:
                 name = next((n for n in archive.namelist() if n.endswith(f"/extra/{METADATA}")), None)
-                text = archive.read(name).decode() if name else "{}"
-        return json.loads(text)
+                text = _member(archive, name).decode() if name else "{}"
+        if len(text) > JSON_BYTES:
+            raise ValueError("its metadata are too long")
+        metadata = json.loads(text)
+        _check_metadata(metadata)
+        return metadata
     except Exception as error:  # a broken file makes the readers raise whatever they like
         raise UserError(f"{path}: cannot be read: {why(error)}; export it again") from error
+
+
+def _member(archive: zipfile.ZipFile, name: str) -> bytes:
+    """A file in an archive, of a bounded size: a small archive can hold a huge one."""
+    with archive.open(name) as file:
+        content = file.read(JSON_BYTES + 1)
+    if len(content) > JSON_BYTES:
+        raise ValueError(f"{name} in it is too long")
+    return content
+
+
+def _check_metadata(metadata: Any) -> None:
+    """Raises ValueError for metadata that are not of the types that s2h writes."""
+    if not isinstance(metadata, dict):
+        raise ValueError("its metadata are no table of names and values")
+    for name, value in metadata.items():
+        if name not in _METADATA or not _METADATA[name](value):
+            raise ValueError(f"its metadata have {name[:40]!r}: {str(value)[:40]}, which s2h does not write")
+
+
+def _numbers(value: Any, least: float = -math.inf) -> bool:
+    return isinstance(value, list) and len(value) in (1, 3) and all(_number(n) and n > least for n in value)
+
+
+def _number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _whole(value: Any, most: int) -> bool:
+    return type(value) is int and 0 < value <= most
+
+
+#: What metadata may hold, and of which values.
+_METADATA: dict[str, Callable[[Any], bool]] = {
+    "input_size": lambda value: isinstance(value, list) and len(value) == 3 and all(_whole(n, LARGEST_SIDE) for n in value),
+    "mean": _numbers,
+    "std": lambda value: _numbers(value, 0.0),
+    "interpolation": lambda value: value in INTERPOLATIONS,
+    "crop_pct": lambda value: _number(value) and 0.01 <= value <= 10,
+    "classes": lambda value: isinstance(value, list) and len(value) > 0 and all(isinstance(name, str) for name in value),
+    "split": lambda value: isinstance(value, dict) and value.keys() <= {"val_fraction"} and all(_number(n) and 0 < n < 1 for n in value.values()),
+    "batch": lambda value: _whole(value, LARGEST_BATCH),
+}
 
 
 def export_all(program: Program, folder: Path, formats: Iterable[str], metadata: dict, kind: str = "") -> tuple[dict[str, Path], list[str]]:
@@ -327,7 +452,7 @@ def check(small: fx.GraphModule, paths: dict[str, Path], input_size: tuple[int, 
     found, wrong = {}, {}
     for name, path in paths.items():
         try:
-            difference = _furthest(run_artifact(path), images, expected)
+            difference = _furthest(run_artifact(path, trust=True), images, expected)
         except UserError as error:
             wrong[name] = str(error).removeprefix(f"{path}: ")
         except Exception as error:  # runtimes raise whatever they like

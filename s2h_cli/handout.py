@@ -8,6 +8,7 @@ from typing import Any
 from . import CONVENTION, artifacts, exports
 from .config import Config
 from .files import writing
+from .shown import as_code, code_block, in_markdown
 from .source import is_run, short_name
 
 SCRIPT = '''"""python {name} IMAGE ...    says what each image shows. Needs {needs}, numpy and pillow."""
@@ -66,7 +67,7 @@ tags: [image-classification, pruning]
 
 {rows}
 
-{convention}. Accuracy is top-1 on the validation images of `{data}`.
+{convention}. Accuracy is top-1 on the validation images of {data}.
 
 {files}
 
@@ -74,9 +75,7 @@ tags: [image-classification, pruning]
 
 Nothing of s2h, and none of the code of the model it was cut from, is needed. Preprocessing and class names are inside each file.
 
-```sh
 {scripts}
-```
 
 With s2h, as an ordinary `torch.nn` network to train on:
 
@@ -88,9 +87,7 @@ model = s2h_cli.load(".")   # this folder, or hf://USER/NAME
 
 ## How it was made
 
-```sh
 {command}
-```
 
 With {versions}. `plan.json` says what was kept of each layer, `report.html` what happened. Its weights come from {origin}.
 """
@@ -116,26 +113,26 @@ def card(folder: Path, plan: dict[str, Any], config: Config, scripts: list[str])
     rows = [("top-1, %", f"{top1['start']:.2f}" if "start" in top1 else "", f"{top1['exported']:.2f}"),
             ("MACs", f"{macs['full']:,}", f"{macs['pruned']:,}"), ("parameters", f"{params['full']:,}", f"{params['pruned']:,}"),
             ("weights, MB", f"{results['bytes_before'] / 1e6:.2f}", f"{(folder / artifacts.WEIGHTS).stat().st_size / 1e6:.2f}")]
-    files = [(f"`{file}`", f"{(folder / file).stat().st_size / 1e6:.2f}", f"{found['difference']:.1e}", f"{found['top1']:.2f}" if "top1" in found else "")
+    files = [(as_code(file), f"{(folder / file).stat().st_size / 1e6:.2f}", f"{found['difference']:.1e}", f"{found['top1']:.2f}" if "top1" in found else "")
              for file, found in results["files"].items() if (folder / file).is_file()]
     name = short_name(plan["model"])
     if config.method == "dense":
-        title, what = f"{name}, trained", f"{name} as it was trained; nothing was cut"
+        title, what = f"{in_markdown(name)}, trained", f"{in_markdown(name)} as it was trained; nothing was cut"
     else:
-        title, what = f"{name}, {macs['ratio']:.3f} of its MACs", f"A small dense network, cut from {name} in training (method: {config.method})"
+        title, what = f"{in_markdown(name)}, {macs['ratio']:.3f} of its MACs", f"A small dense network, cut from {name} in training (method: {in_markdown(config.method)})"
     return CARD.format(
         title=title, what=what, origin=origin(config, name), files=_table(["file", "MB", "difference from the network", "top-1, %"], files),
-        size="x".join(map(str, plan["input_size"][1:])), count=len(classes), classes=", ".join(classes[:10]) + (", …" if len(classes) > 10 else ""), rows=_table(["", "before", "after"], rows),
-        convention=CONVENTION, data=config.data, scripts="\n".join(scripts), command=config.command(),
-        versions=", ".join(f"{name} {version}" for name, version in plan["versions"].items() if version))
+        size=in_markdown("x".join(map(str, plan["input_size"][1:]))), count=len(classes), classes=", ".join(map(in_markdown, classes[:10])) + (", …" if len(classes) > 10 else ""), rows=_table(["", "before", "after"], rows),
+        convention=CONVENTION, data=as_code(config.data), scripts=code_block("\n".join(scripts), "sh"), command=code_block(config.command(), "sh"),
+        versions=", ".join(in_markdown(f"{name} {version}") for name, version in plan["versions"].items() if version))
 
 
 def origin(config: Config, name: str) -> str:
     """Where the weights come from, and whose licences hold for them."""
     if is_run(config.model) or config.weights:
-        return f"those of `{config.weights or config.model}` and from your data: the licences of both hold for it"
+        return f"those of {as_code(config.weights or config.model)} and from your data: the licences of both hold for it"
     if config.pretrained:
-        return f"those that are published for {name}, if there are any, and from your data: the licences of both hold for it"
+        return f"those that are published for {in_markdown(name)}, if there are any, and from your data: the licences of both hold for it"
     return "random ones, and from your data, whose licence holds for it"
 
 

@@ -336,7 +336,7 @@ def finish(config: Config, budget: Budget, folder: Path, ending: str, job: Job, 
             raise UserError("; ".join(failed))
         # Accuracy is measured on the format that shares least code with us, of those that were written.
         checked = next(name for name in ("model.onnx", "model.ts", "model.pt2", artifacts.WEIGHTS) if name in differences)
-        exported = accuracy_of(folder if checked == artifacts.WEIGHTS else folder / checked, val)
+        exported = accuracy_of(folder if checked == artifacts.WEIGHTS else folder / checked, val, trust=True)
         measured = {name.removeprefix("top1_").removesuffix(ending): value for name, value in row.items()
                    if name.startswith("top1_") and name.endswith(ending)}
         found = {name: {"difference": difference} for name, difference in differences.items()}
@@ -429,7 +429,7 @@ def export(folder: Path, format: str, *, opset: int | None = None, batch: int | 
     artifacts.record(folder, {"files": found})  # whether or not their accuracy can be measured
     if spec is not None:
         for name, facts in found.items():
-            facts["top1"] = accuracy_of(folder / name, data.make_loader(splits.val, **loading))
+            facts["top1"] = accuracy_of(folder / name, data.make_loader(splits.val, **loading), trust=True)
         artifacts.record(folder, {"files": found})
         found = {artifacts.WEIGHTS: {"top1": accuracy_of(folder, data.make_loader(splits.val, **loading))}, **found}  # what the others are to be seen beside
     present(folder)
@@ -456,7 +456,7 @@ def compared(small: fx.GraphModule, files: dict[str, Path], input_size: tuple[in
     return found, [f"{name}: {text}" for name, text in wrong.items()]
 
 
-def evaluate(item: str, spec: str, *, batch_size: int, workers: int, **split: Any) -> tuple[float, int]:
+def evaluate(item: str, spec: str, *, batch_size: int, workers: int, trust: bool = False, **split: Any) -> tuple[float, int]:
     """Top-1 accuracy in percent of a run folder or an exported file on the validation images of DATA, and their number. `split`: see `checked_data`.
 
     Raises:
@@ -466,13 +466,13 @@ def evaluate(item: str, spec: str, *, batch_size: int, workers: int, **split: An
     if artifact.is_dir():
         metadata = artifacts.read_plan(artifact)["data"]
     else:
-        exports.checked_format(artifact)
+        exports.check_trust(artifact, trust)
         metadata = exports.read_metadata(artifact)
     if "classes" not in metadata:
         raise UserError(f"'{artifact}' does not tell its classes and preprocessing: s2h did not write it; give a run or its files")
     splits, loading = checked_data(spec, metadata, str(artifact), **split)
     val = data.make_loader(splits.val, train=False, batch_size=batch_size, workers=workers, flip=False, **loading)
-    return accuracy_of(artifact, val), len(splits.val)
+    return accuracy_of(artifact, val, trust), len(splits.val)
 
 
 def checked_data(spec: str, metadata: dict[str, Any], name: str, **options: Any) -> tuple[data.Splits, dict[str, Any]]:
@@ -492,9 +492,9 @@ def checked_data(spec: str, metadata: dict[str, Any], name: str, **options: Any)
     return splits, loading
 
 
-def accuracy_of(artifact: Path, val: DataLoader) -> float:
+def accuracy_of(artifact: Path, val: DataLoader, trust: bool = False) -> float:
     """Top-1 in percent of a run folder or an exported file; one of a fixed batch gets the last images again where it lacks some."""
-    run = exports.run_artifact(artifact)
+    run = exports.run_artifact(artifact, trust)
     batch = None if artifact.is_dir() else exports.read_metadata(artifact).get("batch")
 
     def padded(images: torch.Tensor) -> torch.Tensor:

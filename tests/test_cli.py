@@ -53,7 +53,7 @@ def test_a_run_writes_all_it_promises(here, capsys):
 
     capsys.readouterr()
     for artifact in (run, run / "model.onnx", run / "model.ts", run / "model.pt2"):
-        assert s2h("eval", artifact, "--data", "data", "--workers", "0") == 0
+        assert s2h("eval", artifact, "--data", "data", "--workers", "0", "--trust") == 0
     shares = {line.split("top-1")[1] for line in capsys.readouterr().out.strip().splitlines()}
     assert shares == {f" {float(rows[-1]['top1_hard']):.2f} % of 16 images"}
 

@@ -15,6 +15,7 @@ from torch.utils.tensorboard import SummaryWriter
 from ..config import Config
 from ..errors import UserError, why
 from ..files import writing, written
+from ..shown import in_spreadsheet
 
 LOGS = ("wandb",)
 WIDTHS, GATES = "widths.csv", "gates.csv"
@@ -81,7 +82,7 @@ def write_table(path: Path, columns: list[str], rows: list[list[float]]) -> None
     """One row an epoch, from 1."""
     with open(path, "w", newline="") as file:
         table = csv.writer(file)
-        table.writerow(["epoch", *columns])
+        table.writerow(["epoch", *map(in_spreadsheet, columns)])
         table.writerows([i, *(f"{value:.4g}" for value in row)] for i, row in enumerate(rows, 1))
 
 

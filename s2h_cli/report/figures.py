@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from ..shown import in_chart
+
 Figure = dict[str, Any]
 
 #: Colours for groups that tie several layers, in turn; a group of one layer is plain.
@@ -56,8 +58,8 @@ def training(rows: list[dict[str, float]], target: float | None) -> Figure:
 
 
 def _short(name: str) -> str:
-    """A layer's name, its beginning left out where it is long."""
-    return name if len(name) <= LETTERS else "…" + name[1 - LETTERS:]
+    """A layer's name for a chart, its beginning left out where it is long."""
+    return in_chart(name if len(name) <= LETTERS else "…" + name[1 - LETTERS:])
 
 
 def _bars(layers: list[str], bars: list[dict], title: str, **layout: Any) -> Figure:
@@ -75,7 +77,7 @@ def channels(layers: list[dict], groups: list[dict]) -> Figure:
     colour = {name: GROUP_COLOURS[i % len(GROUP_COLOURS)] for i, group in enumerate(tied) for name in group["layers"]}
     of_group = {name: group["name"] for group in groups for name in group["layers"]}
     at, names = list(range(len(shown))), [layer["name"] for layer in shown]
-    hover = [f"{layer['name']}<br>{layer['out'][0]} of {layer['out'][1]} channels" + (f"<br>group {of_group[layer['name']]}" if layer["name"] in of_group else "<br>not cut")
+    hover = [f"{in_chart(layer['name'])}<br>{layer['out'][0]} of {layer['out'][1]} channels" + (f"<br>group {in_chart(of_group[layer['name']])}" if layer["name"] in of_group else "<br>not cut")
              for layer in shown]
     common = {"type": "bar", "orientation": "h", "y": at, "text": hover, "textposition": "none", "hovertemplate": "%{text}<extra></extra>"}
     return _bars(names, [{**common, "x": [layer["out"][1] for layer in shown], "marker": {"color": "var(--line)"}},
@@ -87,7 +89,7 @@ def costs(layers: list[dict]) -> Figure:
     """MACs of each layer, before and after."""
     shown = [layer for layer in layers if _counts(layer)]
     at = list(range(len(shown)))
-    hover = [f"{layer['name']}<br>{layer['macs'][1]:,} → {layer['macs'][0]:,} MACs" for layer in shown]
+    hover = [f"{in_chart(layer['name'])}<br>{layer['macs'][1]:,} → {layer['macs'][0]:,} MACs" for layer in shown]
     common = {"type": "bar", "orientation": "h", "y": at, "text": hover, "textposition": "none", "hovertemplate": "%{text}<extra></extra>"}
     before = {**common, "name": "before", "x": [layer["macs"][1] for layer in shown], "marker": {"color": "var(--line)"}}
     after = {**common, "name": "after", "x": [layer["macs"][0] for layer in shown], "marker": {"color": "var(--hard)"}}
@@ -100,7 +102,7 @@ def _counts(layer: dict) -> bool:
 
 
 def _heat(x: list, y: list[str], z: list[list[float]], title: str, hover: str, **more: Any) -> Figure:
-    heat = {"type": "heatmap", "x": x, "y": list(range(len(y))), "z": z, "customdata": [[name] * len(x) for name in y], "xgap": 1, "ygap": 1,
+    heat = {"type": "heatmap", "x": x, "y": list(range(len(y))), "z": z, "customdata": [[in_chart(name)] * len(x) for name in y], "xgap": 1, "ygap": 1,
             "hovertemplate": hover + "<extra></extra>", "colorscale": [[0, "var(--low)"], [1, "var(--hard)"]],
             "colorbar": {"thickness": 10, "outlinewidth": 0, "title": {"text": title, "side": "right"}}, **more}
     axis = _axis(autorange="reversed", tickmode="array", tickvals=list(range(len(y))), ticktext=[_short(name) for name in y])
@@ -122,8 +124,8 @@ def gates(bins: list[str], counts: list[list[float]]) -> Figure:
 
 def accuracies(runs: list[dict]) -> Figure:
     """Top-1 against MACs, a point for each of {name, macs, top1}."""
-    points = [{"type": "scatter", "mode": "markers", "x": [run["macs"]], "y": [run["top1"]], "name": run["name"], "marker": {"size": 12, "color": GROUP_COLOURS[i % len(GROUP_COLOURS)],
-               "symbol": SYMBOLS[i // len(GROUP_COLOURS) % len(SYMBOLS)]}, "hovertemplate": f"{run['name']}<br>%{{x:.4s}} MACs, %{{y:.2f}} %<extra></extra>"}
+    points = [{"type": "scatter", "mode": "markers", "x": [run["macs"]], "y": [run["top1"]], "name": in_chart(run["name"]), "marker": {"size": 12, "color": GROUP_COLOURS[i % len(GROUP_COLOURS)],
+               "symbol": SYMBOLS[i // len(GROUP_COLOURS) % len(SYMBOLS)]}, "hovertemplate": f"{in_chart(run['name'])}<br>%{{x:.4s}} MACs, %{{y:.2f}} %<extra></extra>"}
               for i, run in enumerate(runs)]
     return _figure(points, 380 + ROW * len(runs), xaxis=_axis("MACs of one image", rangemode="tozero"), yaxis=_axis("top-1, %"), showlegend=True,
                    legend={"orientation": "v", "y": -0.2, "yanchor": "top", "x": 0})

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import csv
-import html
 import json
+import math
+import re
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -16,6 +17,7 @@ from .. import CONVENTION, artifacts, bench
 from ..config import Config, of_result
 from ..errors import UserError, why
 from ..files import writing
+from ..shown import in_html as _safe
 from . import figures
 from .curves import GATES, WIDTHS, read_table
 from .tables import quantity
@@ -70,8 +72,8 @@ def read_summary(path: Path, ending: str) -> list[dict[str, float]]:
     if not path.exists():
         return []
     with open(path, newline="") as file:
-        return [{name.removesuffix(ending): float(value) for name, value in row.items() if value and (name.endswith(ending) or name in ("epoch", "lr"))}
-                for row in csv.DictReader(file)]
+        return [{name.removesuffix(ending): number for name, value in row.items() if value and (name.endswith(ending) or name in ("epoch", "lr"))
+                 and math.isfinite(number := float(value))} for row in csv.DictReader(file)]
 
 
 def write_report(*folders: Path, file: Path | None = None) -> Path:
@@ -87,9 +89,8 @@ def write_report(*folders: Path, file: Path | None = None) -> Path:
     body, charts = comparison(runs) if len(runs) > 1 else single(runs[0])
     title = " and ".join(run.plan["model"] for run in runs[:2]) + (" and more" if len(runs) > 2 else "")
     page = (resources.files(__package__) / "page.html").read_text(encoding="utf-8")
-    # What a user wrote comes last: nothing in it is taken for a place to fill.
-    for name, text in (("TITLE", _safe(f"{title} · s2h")), ("PLOTLY", get_plotlyjs()), ("FIGURES", json.dumps(charts).replace("</", "<\\/")), ("BODY", body)):
-        page = page.replace(f"@{name}@", text, 1)
+    places = {"TITLE": _safe(f"{title} · s2h"), "PLOTLY": get_plotlyjs(), "FIGURES": json.dumps(charts).replace("<", "\\u003c"), "BODY": body}
+    page = re.sub("@(TITLE|PLOTLY|FIGURES|BODY)@", lambda place: places[place[1]], page)  # in one go: nothing that is filled in is taken for a place
     with writing(file.parent) as aside:
         (aside / file.name).write_text(page, encoding="utf-8", errors="replace")
     return file
@@ -153,7 +154,7 @@ def _headline(run: Run) -> str:
     shown = "".join(f'<div class="card"><div class="what">{_safe(what)}</div><div class="value">{_safe(value)}</div><div class="from">{_safe(source)}</div></div>'
                     for what, value, source in cards)
     dropped = f"<p>Without {_safe(', '.join(plan['dropped']))}.</p>" if plan["dropped"] else ""
-    return f'<h1>{_safe(plan["model"])}</h1><p>{_safe(run.folder)} · input {size}</p>{dropped}<div class="cards">{shown}</div><p>{_safe(CONVENTION)}.</p>'
+    return f'<h1>{_safe(plan["model"])}</h1><p>{_safe(run.folder)} · input {_safe(size)}</p>{dropped}<div class="cards">{shown}</div><p>{_safe(CONVENTION)}.</p>'
 
 
 def _pair(run: Run) -> tuple[dict[str, Any], str] | None:
@@ -215,10 +216,6 @@ def _table(columns: list[str], rows: list[list[Any]]) -> str:
     head = "".join(f"<th{kind}>{_safe(column.lstrip('>'))}</th>" for kind, column in zip(kinds, columns))
     body = "".join("<tr>" + "".join(f"<td{kind}>{_safe(cell)}</td>" for kind, cell in zip(kinds, row)) + "</tr>" for row in rows)
     return f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
-
-
-def _safe(value: Any) -> str:
-    return html.escape(str(value))
 
 
 def _percent(value: float | None) -> str:

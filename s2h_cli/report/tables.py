@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Iterator
 
 from rich.console import Console, Group
+from rich.segment import Segment
 from rich.table import Table
 from rich.text import Text
 
 from .. import CONVENTION
 from ..bench import rows_with_shares, shares, times
+from ..shown import printable
 from ..zoo import Known, passes
 
 #: The least width of a table.
@@ -212,9 +214,17 @@ def _kind(kind: str) -> str:
     return "attention" if kind == "scaled_dot_product_attention" else kind
 
 
+class PlainConsole(Console):
+    """A console that shows what texts hold and does nothing that they say: what acts on a terminal in them is written as `\\x1b`."""
+
+    def render(self, renderable: Any, options: Any = None) -> Iterator[Segment]:
+        for segment in super().render(renderable, options):
+            yield segment if segment.control else Segment(printable(segment.text, keep="\n"), segment.style)
+
+
 def console(**options: Any) -> Console:
     """A console that has `COLUMNS` columns when the output is no terminal."""
-    console = Console(highlight=False, markup=False, **options)
+    console = PlainConsole(highlight=False, markup=False, emoji=False, **options)
     if not console.is_terminal:
         console.width = COLUMNS
     return console
