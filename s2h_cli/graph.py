@@ -30,6 +30,9 @@ import torch
 from torch import fx, nn
 
 from .errors import UserError
+from .faithful import Check
+from .training_only import Drop, drops_of, forget, marked
+
 
 @dataclass(frozen=True)
 class Ref:
@@ -51,42 +54,6 @@ class Captured(NamedTuple):
     network: fx.GraphModule
     notes: list[str]
     static_batch: int | None
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Stochastic depth: eval capture would drop it, so a marker operator keeps it in the graph as one node.
-
-
-@torch.library.custom_op("s2h::drop_path", mutates_args=())
-def drop_path(x: torch.Tensor, p: float, mode: str) -> torch.Tensor:
-    """Marks stochastic depth of probability `p` during capture; the identity."""
-    return x.clone()
-
-
-@drop_path.register_fake
-def _(x: torch.Tensor, p: float, mode: str) -> torch.Tensor:
-    return torch.empty_like(x)
-
-
-@contextmanager
-def _marked_drop_paths(model: nn.Module) -> Iterator[None]:
-    """Replaces the forward of timm's and torchvision's stochastic depth by the marker, for the time of the capture."""
-    patched = []
-    for module in model.modules():
-        kind = type(module).__name__
-        if kind == "DropPath" and getattr(module, "drop_prob", 0):
-            p, mode = module.drop_prob, "row"
-        elif kind == "StochasticDepth" and module.p:
-            p, mode = module.p, module.mode
-        else:
-            continue
-        module.forward = lambda x, p=float(p), mode=mode: drop_path(x, p, mode)
-        patched.append(module)
-    try:
-        yield
-    finally:
-        for module in patched:
-            del module.forward
 
 
 @contextmanager
@@ -123,10 +90,10 @@ def _linear(a: list, weight: torch.Tensor) -> nn.Module:
         return nn.Linear(weight.shape[1], weight.shape[0], a[2] is not None)
 
 
-def _batch_norm(a: list, weight: torch.Tensor, ndim: int) -> nn.Module:
+def _batch_norm(a: list, ndim: int) -> nn.Module:
     cls = {2: nn.BatchNorm1d, 3: nn.BatchNorm1d, 4: nn.BatchNorm2d, 5: nn.BatchNorm3d}[ndim]
     with torch.device("meta"):
-        return cls(weight.shape[0], eps=a[7], momentum=a[6])
+        return cls(a[3].meta["val"].shape[0], eps=a[7], momentum=a[6], affine=a[1] is not None)
 
 
 def _layer_norm(a: list) -> nn.Module:
@@ -152,7 +119,7 @@ LAYERS: dict[str, Layer] = {
     "conv2d": Layer(_WEIGHT_BIAS, lambda a, w, n: _conv(nn.Conv2d, a, w)),
     "conv3d": Layer(_WEIGHT_BIAS, lambda a, w, n: _conv(nn.Conv3d, a, w)),
     "linear": Layer(_WEIGHT_BIAS, lambda a, w, n: _linear(a, w)),
-    "batch_norm": Layer({"weight": 1, "bias": 2, "running_mean": 3, "running_var": 4}, _batch_norm),
+    "batch_norm": Layer({"weight": 1, "bias": 2, "running_mean": 3, "running_var": 4}, lambda a, w, n: _batch_norm(a, n)),
     "layer_norm": Layer({"weight": 2, "bias": 3}, lambda a, w, n: _layer_norm(a)),
     "group_norm": Layer({"weight": 2, "bias": 3}, lambda a, w, n: _group_norm(a, w)),
 }
@@ -185,29 +152,51 @@ def capture(model: nn.Module, input_size: tuple[int, int, int]) -> Captured:
         input_size: (C, H, W) in channels and pixels.
 
     Raises:
-        UserError: `torch.export` cannot capture the model, or it does not map one tensor to one tensor.
+        UserError: `torch.export` cannot capture the model, it does not map one tensor to one tensor, or the graph computes something
+            else than the model.
     """
     model.eval()
+    scripted = next((name or "the model" for name, module in model.named_modules() if isinstance(module, torch.jit.ScriptModule)), None)
+    if scripted:
+        raise UserError(f"the model cannot be captured: {scripted} is TorchScript; build it from plain torch.nn modules")
+    drops = drops_of(model, torch.randn(1, *input_size, generator=torch.Generator().manual_seed(0)))
     with _custom_gradients() as custom:
-        exported, static_batch = _export(model, input_size)
+        exported, static_batch = _export(model, input_size, drops)
     _inline_regions(exported.graph_module)
     _share_tied(exported, model)
     notes = []
     if static_batch:
         notes.append(f"its graph takes batches of {static_batch} only: torch.export insists on a fixed batch")
     batch = static_batch or _stand_in(exported)
-    canonical = _Canonical(exported, model, batch)
+    check = Check(model, input_size, drops)
+    canonical = _Canonical(exported, model, batch, check.trained.norms)
     network = canonical.build()
     notes += canonical.notes
     if custom:
         notes.append(f"captured by their forward, whose gradient replaces the backward they define: {', '.join(sorted(custom))}")
-    dropped = sorted({name.split(".")[0] for name, _ in model.named_parameters()}
-                     - {name.split(".")[0] for name, _ in network.named_parameters()})
-    if dropped:
-        notes.append(f"used in training only, dropped: {', '.join(dropped)}")
+    if dropped := _without_use(model, network):
+        notes.append(f"not used in evaluation, left out: {', '.join(dropped)}")
+    check.evaluation(network, static_batch)
+    if not static_batch:
+        notes += check.training(network)
     network.meta.update(input_size=list(input_size), batch=batch, static_batch=static_batch)
     _keep_hints(model, network)
     return Captured(network, notes, static_batch)
+
+
+def _without_use(model: nn.Module, network: fx.GraphModule) -> list[str]:
+    """What of a model its graph lacks, by dotted name: parameters, or a module none of whose parameters are used."""
+    used = {id(parameter) for parameter in network.parameters()}
+    names = dict(model.named_parameters(remove_duplicate=False))
+    missing = [name for name, parameter in names.items() if id(parameter) not in used]
+    kept = {path for name in names.keys() - missing for path in _ancestors(name)}
+    return list(dict.fromkeys(next((path for path in _ancestors(name) if path not in kept), name) for name in missing))
+
+
+def _ancestors(name: str) -> list[str]:
+    """The modules around a parameter, the outermost first."""
+    parts = name.split(".")[:-1]
+    return [".".join(parts[:i + 1]) for i in range(len(parts))]
 
 
 def _keep_hints(model: nn.Module, network: fx.GraphModule) -> None:
@@ -220,19 +209,19 @@ def _keep_hints(model: nn.Module, network: fx.GraphModule) -> None:
         network.group_matcher = lambda coarse: matcher
 
 
-def _export(model: nn.Module, input_size: tuple[int, int, int]) -> tuple[torch.export.ExportedProgram, int | None]:
+def _export(model: nn.Module, input_size: tuple[int, int, int], drops: dict[str, Drop]) -> tuple[torch.export.ExportedProgram, int | None]:
     """The exported program, and the batch size where it could not stay free."""
-    scripted = next((name or "the model" for name, module in model.named_modules() if isinstance(module, torch.jit.ScriptModule)), None)
-    if scripted:
-        raise UserError(f"the model cannot be captured: {scripted} is TorchScript; build it from plain torch.nn modules")
     for batch, dim in ((2, torch.export.Dim.DYNAMIC), (1, None)):
+        forget(model)
         try:
-            with _marked_drop_paths(model), torch.enable_grad():  # with gradients on, a no_grad in the model leaves its trace
+            with marked(model, drops), torch.enable_grad():  # with gradients on, a no_grad in the model leaves its trace
                 exported = torch.export.export(model, (torch.zeros(batch, *input_size),), strict=False,
                                                dynamic_shapes=({0: dim} if dim else None,))
             return exported, None if dim else batch
         except Exception as error:  # torch.export raises whatever the model's own code raises
             last = error
+        finally:
+            forget(model)
     raise UserError(f"the model cannot be captured at input {'x'.join(map(str, input_size))}{_culprit(last)}: {type(last).__name__}: "
                     f"{' '.join(str(last).split())[:160]}; docs/any-model.md says how to go on")
 
@@ -300,8 +289,9 @@ def _share_tied(exported: torch.export.ExportedProgram, model: nn.Module) -> Non
 class _Canonical:
     """Rewrites one exported program as a GraphModule of torch.nn layers and plain functions."""
 
-    def __init__(self, exported: torch.export.ExportedProgram, model: nn.Module, batch: int):
+    def __init__(self, exported: torch.export.ExportedProgram, model: nn.Module, batch: int, norms: dict[str, set[bool]]):
         self.batch = batch
+        self.norms = norms  # which batch norms took the statistics of the batch, in training mode, by their `running_mean`
         self.exported = exported
         self.model = model
         self.graph = fx.Graph()
@@ -309,6 +299,7 @@ class _Canonical:
         self.tensors = {**tensors_of(model), **exported.constants}
         self.new: dict[fx.Node, fx.Node] = {}  # exported node -> canonical node
         self.params: dict[fx.Node, str] = {}  # exported placeholder -> dotted name
+        self.shared: dict[str, str] = {}  # paths of batch norms, by their `running_mean`: one may run several times
         self.notes: list[str] = []
 
     def build(self) -> fx.GraphModule:
@@ -409,9 +400,9 @@ class _Canonical:
             path = next(reversed(node.meta["nn_module_stack"].values()))[0] if node.meta.get("nn_module_stack") else ""
             return self._module(path or node.name, _dropout(op, args), node, args[0])
         layer = LAYERS.get(op)
+        if op == "batch_norm":
+            return self._batch_norm(node, args)
         if layer is None or not isinstance(args[layer.tensors["weight"]], fx.Node):
-            return None
-        if op == "batch_norm" and None in args[1:5]:
             return None
         weight = args[layer.tensors["weight"]]
         path = self.params.get(weight, "").rpartition(".")[0]
@@ -431,9 +422,33 @@ class _Canonical:
                     module.register_parameter(attribute, tensor)
                 else:
                     module.register_buffer(attribute, tensor)
-        if op == "batch_norm":
-            module.num_batches_tracked = torch.zeros((), dtype=torch.long)
         return self._module(path, module, node, args[0])
+
+    def _batch_norm(self, node: fx.Node, args: list) -> fx.Node | None:
+        """A batch norm as a module, if it normalises by its batch in training and its tensors belong to it alone. It may run several times."""
+        tensors = args[1:5]
+        mean = self.params.get(args[3])
+        if mean is None or args[4] is None or self.norms.get(mean, {True}) != {True}:
+            return None
+        if (args[1] is None) != (args[2] is None) or any(t not in self.params for t in tensors if t is not None):
+            return None
+        calls = {user: aten_call(user) for t in tensors if t is not None for user in t.users}
+        if any(op != "batch_norm" or other[1:5] != tensors for op, other in calls.values()):
+            return None
+        path = mean.rpartition(".")[0]
+        if mean in self.shared:
+            return self.graph.create_node("call_module", self.shared[mean], (self._value(args[0]),))
+        module = _batch_norm(args, len(node.meta["val"].shape))
+        module.momentum = getattr(self.model.get_submodule(path), "momentum", module.momentum)  # None, a mean over all batches, is 0 in the graph
+        for attribute, t in zip(LAYERS["batch_norm"].tensors, tensors):
+            if t is not None:
+                setattr(module, attribute, self.tensors[self.params[t]])
+                if self.params[t] != f"{path}.{attribute}":
+                    self.notes.append(f"{self.params[t]} is a batch norm's {attribute}, and is called so in the result")
+        module.num_batches_tracked = torch.zeros((), dtype=torch.long)
+        made = self._module(path, module, node, args[0])
+        self.shared[mean] = made.target
+        return made
 
     def _module(self, path: str, module: nn.Module, node: fx.Node, x: fx.Node) -> fx.Node | None:
         parent, _, leaf = path.rpartition(".")
@@ -444,15 +459,14 @@ class _Canonical:
                 path = f"{path}_{node.name}"
                 owner, leaf = _container(self.root, parent), path.rpartition(".")[2]
             else:  # a container that was made for its children: they move into the layer
-                for name, child in present._modules.items():
-                    module.add_module(name, child)
+                for kind in ("_modules", "_parameters", "_buffers"):
+                    getattr(module, kind).update({name: value for name, value in getattr(present, kind).items() if name not in getattr(module, kind)})
         owner.add_module(leaf, module)
         return self.graph.create_node("call_module", path, (self._value(x),))
 
     def _function(self, node: fx.Node, op: str, args: list) -> fx.Node:
         if op == "batch_norm" and args[3] is not None:
-            self.notes.append(f"{self._layer_name(node, args)} is used more than once or in an unusual way: "
-                              "its batch-norm statistics stay as they are")
+            self.notes.append(f"{self._layer_name(node, args)} is a batch norm that does not follow its batch in training: its statistics stay as they are")
         if op == "sym_size":
             return self.graph.call_method("size", (self._value(args[0]), args[1]))
         if op in RESHAPES:

@@ -26,6 +26,7 @@ from torch import nn
 from . import artifacts, hub
 from .errors import UserError, why
 from .exports import quiet
+from .logits import PickLogits, find_logits, is_head, shown, tensors_in
 
 TORCHVISION = "torchvision:"
 OWN = re.compile(r"\.py(:|$)")  # in the spec of a model that the user's own code builds
@@ -33,6 +34,11 @@ AUX_HEADS = ("aux1", "aux2", "AuxLogits")  # training-only heads of googlenet an
 PROBE_SECONDS = 10  # how long the server of the weights may take to answer
 STALL_SECONDS = 30  # a download that brings no byte for so long has failed
 SHOWN_KEYS = 3
+QUANTIZED = ("torch.ao.nn.quantized", "torch.ao.nn.intrinsic", "torch.ao.nn.qat", "torch.nn.quantized", "torch.nn.qat")
+CLIP_FRAMES = 16
+KINDS_OF_TORCHVISION = {"segmentation": "segmentation model", "detection": "detector", "video": "video classifier", "optical_flow": "model of optical flow",
+                        "quantization": "quantized model"}
+VIDEO = "takes clips (N, C, T, H, W), not images (N, C, H, W); s2h prunes image classifiers"
 NEW_HEAD = "the head is new and untrained"
 WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel, torch._dynamo.OptimizedModule)  # around a model: taken off
 
@@ -126,6 +132,7 @@ def load_source(
         source = _from_torchvision(spec, wanted, download, img_size)
     else:
         source = _from_timm(spec, num_classes, download, img_size, rates)
+    _refuse_unusual_weights(source)
     source.module.cpu().float().eval()
 
     outputs = _count_outputs(source)
@@ -205,6 +212,9 @@ def _from_timm(spec: str, num_classes: int | None, download: bool, img_size: int
 def _from_torchvision(spec: str, wanted: bool, download: bool, img_size: int | None) -> Source:
     name = spec.removeprefix(TORCHVISION)
     if name not in torchvision_names():
+        if name in torchvision.models.list_models():
+            kind = torchvision.models.get_model_builder(name).__module__.split(".")[2]
+            raise UserError(f"torchvision's {name} is a {KINDS_OF_TORCHVISION.get(kind, kind)}; s2h prunes image classifiers (see s2h models)")
         raise _unknown_model(spec)
     weights = torchvision.models.get_model_weights(name).DEFAULT
     preprocessing = weights.transforms()
@@ -420,22 +430,58 @@ def on_blank(module: nn.Module, input_size: tuple[int, int, int]) -> Any:
         return module(torch.zeros(1, *input_size))
 
 
+def _refuse_unusual_weights(source: Source) -> None:
+    """Raises UserError for a model that is quantized, or whose weights are no plain tensors of real numbers."""
+    for name, module in source.module.named_modules():
+        kind = type(module)
+        if kind.__module__.startswith(QUANTIZED) or isinstance(module, (torch.ao.quantization.FakeQuantizeBase, torch.ao.quantization.ObserverBase)):
+            raise UserError(
+                f"'{source.spec}' is quantized, or prepared for it ({name or 'the model'} is a {kind.__name__}); "
+                "prune the model from before quantization, then quantize the result: s2h export --int8"
+            )
+    for name, tensor in [*source.module.named_parameters(), *source.module.named_buffers()]:
+        plain = type(tensor.data) is torch.Tensor and tensor.layout == torch.strided and not tensor.is_quantized
+        if not plain or tensor.is_complex() or (isinstance(tensor, nn.Parameter) and not tensor.is_floating_point()):
+            what = f"{type(tensor.data).__name__}, {tensor.dtype}, {tensor.layout}".replace("torch.", "")
+            raise UserError(f"'{source.spec}' has a weight that s2h cannot train: {name} ({what}); give a model with dense float weights")
+
+
 def _count_outputs(source: Source) -> int:
-    """The length of the model's output."""
+    """The length of the model's output. Of a model that returns more than its logits only they are kept from here on; a note says which."""
+    if len(source.input_size) != 3:
+        raise UserError(f"'{source.spec}' {VIDEO}")
     channels, height, width = source.input_size
     try:
         output = on_blank(source.module, source.input_size)
+        if not isinstance(output, torch.Tensor) and (path := find_logits(output)):
+            source.module.register_forward_hook(PickLogits(path))
+            source.notes.append(f"the model returns a {type(output).__name__}; its logits are taken from: {shown(path)}")
+            output = on_blank(source.module, source.input_size)
     except Exception as error:
+        if _takes_clips(source):
+            raise UserError(f"'{source.spec}' {VIDEO}") from error
         raise UserError(
             f"'{source.spec}' cannot take {height}x{width} images with {channels} channels ({why(error)}); "
             "choose another --img-size, or give your own model a default_cfg = {'input_size': (C, H, W)}"
         ) from error
     if not isinstance(output, torch.Tensor) or output.ndim != 2 or len(output) != 1:
-        got = f"shape {tuple(output.shape)}" if isinstance(output, torch.Tensor) else type(output).__name__
+        found = [f"{shown(path)} {tuple(tensor.shape)}" for path, tensor in tensors_in(output)]
+        got = f"shape {tuple(output.shape)}" if isinstance(output, torch.Tensor) else f"a {type(output).__name__} of {', '.join(found) or 'no tensors'}"
         raise UserError(
-            f"'{source.spec}' gives {got} for one image, not a tensor of shape (1, classes); use an image classifier"
+            f"'{source.spec}' gives {got} for one image, not logits of shape (1, classes); use an image classifier, or wrap it "
+            "so that it returns the logits alone"
         )
     return output.shape[1]
+
+
+def _takes_clips(source: Source) -> bool:
+    """Whether the model takes clips (N, C, T, H, W) in place of images."""
+    channels, height, width = source.input_size
+    try:
+        on_blank(source.module, (channels, CLIP_FRAMES, height, width))
+    except Exception:
+        return False
+    return True
 
 
 def _head_names(module: nn.Module, outputs: int) -> list[str]:
@@ -451,11 +497,13 @@ def _head_names(module: nn.Module, outputs: int) -> list[str]:
 
 def _replace_head(source: Source, outputs: int, num_classes: int) -> None:
     module = source.module
-    heads = _head_names(module, outputs)
+    # torchvision's models all are classifiers; one of them has an activation behind its head
+    heads = [name for name in _head_names(module, outputs)
+             if source.spec.startswith(TORCHVISION) or is_head(module, name, torch.zeros(1, *source.input_size))]
     if not heads:
         raise UserError(
-            f"'{source.spec}' has {outputs} outputs, the data {num_classes} classes, and no nn.Linear or 1x1 nn.Conv2d "
-            "with that many outputs to replace; let the function take num_classes"
+            f"'{source.spec}' has {outputs} outputs, the data {num_classes} classes, and no classifier to replace: no nn.Linear or "
+            "1x1 nn.Conv2d that gives the outputs without an activation behind it; let the function take num_classes and end in such a layer"
         )
     old = module.get_submodule(heads[-1])
     has_bias = old.bias is not None
