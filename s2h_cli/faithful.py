@@ -7,6 +7,7 @@ get random values for the time of the check, since a layer that is multiplied by
 from __future__ import annotations
 
 import math
+from functools import cache
 from typing import Any, Iterator
 
 import torch
@@ -22,7 +23,7 @@ EQUAL, ROUNDING = 1e-6, 1e-4
 #: The largest difference in float64.
 EXACT = 1e-9
 #: Images that run in evaluation (another number than capture saw) and in training (the least that batch norm takes).
-EVALUATED, TRAINED = 1, 2
+EVALUATED, TRAINED = 3, 2
 #: Standard deviation of what constant weights get.
 NOISE = 0.1
 
@@ -184,24 +185,22 @@ def _train_at_rest(network: fx.GraphModule) -> None:
     """Training mode, but for what drops at random."""
     network.train()
     for module in network.modules():
-        if isinstance(module, DROPOUTS):
+        if isinstance(module, _dropouts()):
             module.eval()
 
 
-def dropouts() -> tuple[type, ...]:
-    from torchvision.ops import StochasticDepth
+@cache
+def _dropouts() -> tuple[type, ...]:
+    from torchvision.ops import StochasticDepth  # not at the top: a result loads without torchvision
 
     return (nn.Dropout, nn.Dropout2d, StochasticDepth)
-
-
-DROPOUTS = dropouts()
 
 
 def _lost(network: fx.GraphModule, seen: Observed) -> list[str]:
     """Layers that draw more often than the network drops there."""
     kept: dict[str, int] = {}
     for node in network.graph.nodes:
-        if node.op == "call_module" and isinstance(network.get_submodule(node.target), DROPOUTS):
+        if node.op == "call_module" and isinstance(network.get_submodule(node.target), _dropouts()):
             layer = "" if node.meta["layer"] == node.name else node.meta["layer"]  # it stands in the model's own forward
             kept[layer] = kept.get(layer, 0) + 1
     return [name or "the model's forward" for name, count in seen.draws.items() if count > kept.get(name, 0)]

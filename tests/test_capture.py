@@ -60,12 +60,6 @@ def made_in_forward(model, x):
     return x * grid + torch.zeros(x.shape[0], 16, 1, 1)
 
 
-def training_branch(model, x):
-    if model.training:
-        x = x + model.c(x)
-    return x
-
-
 def nobias_norm():
     norm = nn.GroupNorm(4, 16)
     norm.bias = None
@@ -81,7 +75,6 @@ MODELS = {
     "no_grad": lambda: net(detached, c=conv()),
     "in_place": lambda: net(in_place),
     "made_in_forward": lambda: net(made_in_forward),
-    "training_branch": lambda: net(training_branch, c=conv()),
     "norm_without_bias": lambda: net(lambda m, x: m.n(x), n=nobias_norm()),
     "weight_norm": lambda: net(lambda m, x: m.c(x), c=nn.utils.parametrizations.weight_norm(conv())),
     "checkpointed": lambda: net(lambda m, x: torch.utils.checkpoint.checkpoint(m.c, x, use_reentrant=False), c=conv()),
@@ -104,7 +97,7 @@ def test_the_graph_is_the_model_and_can_be_cut(name):
     torch.testing.assert_close(network(x), model.eval()(x), rtol=1e-5, atol=1e-5)
     assert error_of_cutting(network, random_plan(Space(network)), masked=True) < 1e-5
     assert result.static_batch is None
-    assert result.notes == (["used in training only, dropped: c"] if name == "training_branch" else [])
+    assert result.notes == []
 
 
 def test_what_has_no_gradient_in_the_model_has_none_in_the_graph():
