@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from functools import cache
-from typing import Any, Iterator
+from typing import Any, Callable, Iterator
 
 import torch
 from torch import fx, nn
@@ -67,7 +67,7 @@ class Check:
         n = static_batch or EVALUATED
 
         def outputs(dtype: torch.dtype) -> tuple[Any, Any]:
-            return tuple(self._run(module, n, dtype) for module in (self.model, network))
+            return self._run(self.model, n, dtype), _or_none(lambda: self._run(network, n, dtype))
 
         if (difference := self._difference(outputs)) is not None:
             name = self._first(network, n, training=False)
@@ -91,7 +91,10 @@ class Check:
 
         def outputs(dtype: torch.dtype) -> tuple[Any, Any]:
             model = seen if dtype == torch.float32 else self._observed(dtype)
-            return _logits(model.output, network_output := self._run_training(network, dtype)), network_output
+            if model.failure is not None:
+                raise model.failure
+            found = _or_none(lambda: self._run_training(network, dtype))
+            return found if found is None else _logits(model.output, found), found
 
         difference = self._difference(outputs)
         if difference is not None:
@@ -135,12 +138,20 @@ class Check:
 
     def _first(self, network: fx.GraphModule, n: int, training: bool) -> str:
         """The first layer of the model, in the order in which they end, whose output no node of the network has."""
-        outputs = _Outputs(network)
+        try:
+            return self._first_in(network, n, training, torch.float64, EXACT)
+        except Exception:  # the model asks for float32 somewhere
+            return self._first_in(network, n, training, torch.float32, ROUNDING)
+
+    def _first_in(self, network: fx.GraphModule, n: int, training: bool, dtype: torch.dtype, tolerance: float) -> str:
+        outputs = _Outputs(network, tolerance)
         if training:
             _train_at_rest(network)
         try:
-            with at_rest(network, self.tensors(network)):
-                outputs.run(self.images(n))
+            with at_rest(network, self.tensors(network, dtype)):
+                outputs.run(self.images(n, dtype))
+        except Exception:  # the network cannot run: its outputs up to there tell where it is wrong
+            pass
         finally:
             network.eval()
         found: list[str] = []
@@ -155,9 +166,11 @@ class Check:
         hooks = [module.register_forward_hook(watch(name)) for name, module in self.model.named_modules() if name]
         try:
             if training:
-                self._observed(torch.float32)
+                failure = self._observed(dtype).failure
+                if failure is not None:
+                    raise failure
             else:
-                self._run(self.model, n, torch.float32)
+                self._run(self.model, n, dtype)
         finally:
             for hook in hooks:
                 hook.remove()
@@ -167,8 +180,9 @@ class Check:
 class _Outputs(fx.Interpreter):
     """Runs a network and remembers what each of its nodes gave."""
 
-    def __init__(self, network: fx.GraphModule):
+    def __init__(self, network: fx.GraphModule, tolerance: float):
         super().__init__(network)
+        self.tolerance = tolerance
         self.found: dict[tuple[int, ...], list[torch.Tensor]] = {}
 
     def run_node(self, node: fx.Node) -> Any:
@@ -178,7 +192,15 @@ class _Outputs(fx.Interpreter):
         return result
 
     def has(self, tensor: torch.Tensor) -> bool:
-        return any(_apart(value, tensor) <= ROUNDING for value in self.found.get(tuple(tensor.shape), []))
+        return any(_apart(value, tensor) <= self.tolerance for value in self.found.get(tuple(tensor.shape), []))
+
+
+def _or_none(run: Callable[[], Any]) -> Any:
+    """What a captured network gives, or None where it cannot run: that is a difference too."""
+    try:
+        return run()
+    except Exception:
+        return None
 
 
 def _train_at_rest(network: fx.GraphModule) -> None:

@@ -280,7 +280,7 @@ def other_function(name, function):
 
 
 def shifted(network):
-    network.get_submodule("middle.0").bias = nn.Parameter(network.get_submodule("middle.0").bias.detach() + 1e-4)
+    network.get_submodule("middle.0").bias = nn.Parameter(network.get_submodule("middle.0").bias.detach() + 1e-4 * torch.arange(8))
 
 
 #: Ways to get a capture wrong, and the layer where it shows.
@@ -294,7 +294,7 @@ WRONG = {
     "a norm of layers": (lambda network: replaced(network, nn.LayerNorm, attribute("eps", 1e-4)), "middle.2"),
     "a softmax over another axis": (other_function("softmax", lambda x, dim: x.softmax(2)), "middle"),
     "another order of channels": (lambda network: replaced(network, nn.Linear, lambda m: nn.Sequential(m, Own(lambda self, x: x.flip(1)))), "fc"),
-    "dropout that never rests": (lambda network: replaced(network, nn.Dropout, lambda m: Own(lambda self, x: F.dropout(x, 0.5))), "middle.3|the output"),
+    "dropout that scales": (lambda network: replaced(network, nn.Dropout, lambda m: Own(lambda self, x: x * 0.5)), "fc"),
     "a norm that does not train": (lambda network: replaced(network, nn.BatchNorm2d, lambda m: Frozen(m)), "norm"),
 }
 

@@ -168,7 +168,7 @@ def test_own_model_errors(net, tmp_path):
     assert "ValueError: first line" in message and "second" not in message
     assert f"line {NET[: NET.index('raise')].count(chr(10)) + 1}" in message
     assert "returned a int" in refusal(f"{net}:number")
-    assert "gives tuple" in refusal(f"{net}:pair")
+    assert "gives a tuple" in refusal(f"{net}:pair")
     assert "7 outputs" in refusal(f"{net}:headless", num_classes=9)
     assert "16x16" in refusal(f"{net}:fixed", img_size=16)
     bad = tmp_path / "bad.py"
