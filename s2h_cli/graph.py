@@ -21,7 +21,7 @@ import math
 import operator
 import sys
 import traceback
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Callable, Iterator, NamedTuple
@@ -31,6 +31,7 @@ from torch import fx, nn
 
 from .errors import UserError
 from .faithful import Check
+from .free_batch import fixed_at, symbolic_int
 from .training_only import Drop, drops_of, forget, marked
 
 
@@ -161,12 +162,12 @@ def capture(model: nn.Module, input_size: tuple[int, int, int]) -> Captured:
         raise UserError(f"the model cannot be captured: {scripted} is TorchScript; build it from plain torch.nn modules")
     drops = drops_of(model, torch.randn(1, *input_size, generator=torch.Generator().manual_seed(0)))
     with _custom_gradients() as custom:
-        exported, static_batch = _export(model, input_size, drops)
+        exported, static_batch, fixed_by = _export(model, input_size, drops)
     _inline_regions(exported.graph_module)
     _share_tied(exported, model)
     notes = []
     if static_batch:
-        notes.append(f"its graph takes batches of {static_batch} only: torch.export insists on a fixed batch")
+        notes.append(f"its graph takes batches of {static_batch} only: its forward fixes the batch size{fixed_by}")
     batch = static_batch or _stand_in(exported)
     check = Check(model, input_size, drops)
     canonical = _Canonical(exported, model, batch, check.trained.norms)
@@ -209,20 +210,31 @@ def _keep_hints(model: nn.Module, network: fx.GraphModule) -> None:
         network.group_matcher = lambda coarse: matcher
 
 
-def _export(model: nn.Module, input_size: tuple[int, int, int], drops: dict[str, Drop]) -> tuple[torch.export.ExportedProgram, int | None]:
-    """The exported program, and the batch size where it could not stay free."""
-    for batch, dim in ((2, torch.export.Dim.DYNAMIC), (1, None)):
+class _Exported(NamedTuple):
+    """An exported program, the batch size where it could not stay free, and the line of the model that fixes it."""
+
+    program: torch.export.ExportedProgram
+    static_batch: int | None
+    fixed_by: str
+
+
+def _export(model: nn.Module, input_size: tuple[int, int, int], drops: dict[str, Drop]) -> _Exported:
+    """Exports with a free batch; where the model's code fixes it, with symbols for its `int`; else with a fixed batch."""
+    fixed_by = ""
+    for batch, symbolic in ((2, nullcontext()), (2, symbolic_int(model)), (1, nullcontext())):
+        shapes = ({0: torch.export.Dim.DYNAMIC},) if batch > 1 else None
         forget(model)
         try:
-            with marked(model, drops), torch.enable_grad():  # with gradients on, a no_grad in the model leaves its trace
-                exported = torch.export.export(model, (torch.zeros(batch, *input_size),), strict=False,
-                                               dynamic_shapes=({0: dim} if dim else None,))
-            return exported, None if dim else batch
+            with marked(model, drops), fixed_at(_culprit) as lines, symbolic, torch.enable_grad():  # no_grad leaves its trace
+                program = torch.export.export(model, (torch.zeros(batch, *input_size),), strict=False, dynamic_shapes=shapes)
+            return _Exported(program, None if shapes else batch, fixed_by)
         except Exception as error:  # torch.export raises whatever the model's own code raises
             last = error
+            fixed_by = next(filter(None, lines), fixed_by)
         finally:
             forget(model)
-    raise UserError(f"the model cannot be captured at input {'x'.join(map(str, input_size))}{_culprit(last)}: {type(last).__name__}: "
+    raise UserError(f"the model cannot be captured at input {'x'.join(map(str, input_size))}"
+                    f"{_culprit(traceback.extract_tb(last.__traceback__))}: {type(last).__name__}: "
                     f"{' '.join(str(last).split())[:160]}; docs/any-model.md says how to go on")
 
 
@@ -235,10 +247,10 @@ def _stand_in(exported: torch.export.ExportedProgram) -> int:
                 and not any(size and size % n == 0 for size in sizes))
 
 
-def _culprit(error: Exception) -> str:
-    """The last line of the model's own code that an error came through."""
+def _culprit(stack: list[traceback.FrameSummary]) -> str:
+    """The last line of the model's own code in a stack."""
     ours = tuple(str(Path(module.__file__).parent) for module in (torch, sys.modules[__package__]))
-    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if not frame.filename.startswith((*ours, "<"))]
+    frames = [frame for frame in stack if not frame.filename.startswith((*ours, "<"))]
     return f", at {Path(frames[-1].filename).name} line {frames[-1].lineno}, '{frames[-1].line}'" if frames else ""
 
 
@@ -377,7 +389,14 @@ class _Canonical:
         if symbols - self.symbols:
             raise UserError(f"the model cannot be captured: the shape of {node.name} ({_where(node)}) depends on what is in the image; "
                             "docs/any-model.md says how to go on")
-        return tuple(s if isinstance(s, int) else int(s.node.expr.subs({v: self.batch for v in symbols})) for s in value.shape)
+        return tuple(self._size(s, self.batch) for s in value.shape)
+
+    def _size(self, size: int | torch.SymInt, batch: int) -> int:
+        return size if isinstance(size, int) else int(size.node.expr.subs({symbol: batch for symbol in self.symbols}))
+
+    def _is_free(self, size: int | torch.SymInt) -> bool:
+        """Whether a size follows the batch; an expression of it, such as `n * 16 // n`, need not."""
+        return self._size(size, self.batch) != self._size(size, 2 * self.batch)
 
     def _reference(self, value: Any) -> Any:
         if not isinstance(value, fx.Node):
@@ -495,8 +514,8 @@ class _Canonical:
     def _reshape(self, node: fx.Node, op: str, args: list) -> fx.Node:
         """Static sizes as integers, the one that depends on the batch as -1, so that the batch stays free."""
         shape = node.meta["val"].shape
-        free = [i for i, size in enumerate(shape) if not isinstance(size, int)]
-        sizes = [-1 if i in free else size for i, size in enumerate(shape)]
+        free = [i for i, size in enumerate(shape) if self._is_free(size)]
+        sizes = [-1 if i in free else self._size(size, self.batch) for i, size in enumerate(shape)]
         if len(free) > 1:
             given = args[1] if op in ("view", "reshape", "_unsafe_view") else None
             if given is None:
