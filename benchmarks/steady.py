@@ -52,9 +52,9 @@ def shares(model: str, flops: float, seconds: float) -> list[list[float]]:
     return found
 
 
-def pair(model: str, flops: float) -> tuple[Space, fx.GraphModule, fx.GraphModule]:
-    """A network for images of 32 px with its space, and it cut to a share of its MACs, all groups alike."""
-    source = load_source(model, num_classes=10, pretrained=False, img_size=32)
+def pair(model: str, flops: float, img_size: int = 32) -> tuple[Space, fx.GraphModule, fx.GraphModule]:
+    """A network for images of so many pixels with its space, and it cut to a share of its MACs, all groups alike."""
+    source = load_source(model, num_classes=10, pretrained=False, img_size=img_size)
     network = capture(source.module, source.input_size).network
     space = Space(network)
     widths = widths_of(space, torch.ones(len(space.groups)), Budget(flops=flops))

@@ -89,14 +89,7 @@ def main() -> None:
 def steps(network, space: Space, flops: float, images: torch.Tensor, targets: torch.Tensor) -> dict:
     """The kinds of step, as functions without arguments."""
     criterion = nn.CrossEntropyLoss()
-    moving, alone = (S2H(network, space, Budget(flops=flops)) for _ in range(2))
-    widths = torch.from_numpy(widths_of(space, torch.ones(len(space.groups)), Budget(flops=flops)))
-    for method, progress in ((moving, 0.0), (alone, Settings.freeze)):
-        with torch.no_grad():  # a little surer than masks of runs are at the freeze; at -40, products too small for float32 would slow the step down
-            method.masks.u.copy_(torch.where(method.masks.candidates.cpu() == widths[:, None], 0.0, -Settings.mask_speed * Settings.freeze))
-        method.network.train()
-        method.hard.module.train()
-        method.start_step(progress)
+    moving, alone = (prepared(network, space, flops, progress) for progress in (0.0, Settings.freeze))
 
     def run(method: S2H) -> None:
         network.zero_grad()
@@ -114,6 +107,20 @@ def steps(network, space: Space, flops: float, images: torch.Tensor, targets: to
         moving.masks.u.grad = None
 
     return {"plain": plain, "moving": move, "alone": lambda: run(alone)}
+
+
+def prepared(network, space: Space, flops: float, progress: float, **options) -> S2H:
+    """S2H at a point of its schedule, in train mode, with the same share of every group at the target. Its masks are a little surer than those of
+    runs are at the freeze; at -40, products too small for float32 would slow a step on a CPU down."""
+    budget = Budget(flops=flops)
+    method = S2H(network, space, budget, **options)
+    widths = torch.from_numpy(widths_of(space, torch.ones(len(space.groups)), budget))
+    with torch.no_grad():
+        method.masks.u.copy_(torch.where(method.masks.candidates.cpu() == widths[:, None], 0.0, -Settings.mask_speed * Settings.freeze))
+    method.network.train()
+    method.hard.module.train()
+    method.start_step(progress)
+    return method
 
 
 def mean(cost: dict[str, float], flops: float) -> float:
