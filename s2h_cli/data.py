@@ -4,7 +4,7 @@ import copy
 import os
 import random
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,20 +13,18 @@ import numpy as np
 import torch
 from PIL import Image
 from timm.data import ImageDataset, create_dataset, create_transform
-from timm.data.readers.img_extensions import get_img_extensions
 from torch.utils.data import DataLoader, Dataset, Sampler, Subset, default_collate, get_worker_info
 
 from .config import Recipe
 from .errors import UserError, why
+from .folders import describe_left_out, find_layout, identical, listed, scan
+from .pixels import decode
 
 TIMM_PREFIXES = ("torch/", "hfds/")
 STREAM_PREFIXES = ("hfids/", "wds/", "tfds/")  # timm reads them, but in no order that repeats
-VAL_FOLDERS = ("val", "validation", "test")
 DIGITS_VAL_FRACTION = 0.2
 SMALL_IMAGE = 64  # pixels; images up to this side are cropped gently and keep their colours
 SEED_RANGE = 2**62
-SHOWN_NAMES = 5
-
 
 @dataclass
 class Splits:
@@ -88,7 +86,7 @@ class ImageSet(Dataset):
             if not isinstance(image, Image.Image):
                 image = Image.open(image)
             with image:
-                image = _eight_bits(image).convert(self.mode)
+                image = decode(image, self.mode)
         except Exception as error:  # Pillow's decoders raise errors of many types
             self.bad[index] = True
             if self.skip_bad:
@@ -96,13 +94,6 @@ class ImageSet(Dataset):
             return f"cannot read image '{self.name(index)}' ({why(error)}); mend it or pass --skip-bad-images"
         with _randomness(self.epoch_seed + index):
             return self.transform(image), int(target)
-
-
-def _eight_bits(image: Image.Image) -> Image.Image:
-    """Scales 16-bit greyscale, which Pillow would clip, to 8 bits."""
-    if image.mode.startswith("I;16"):
-        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-    return image
 
 
 @contextmanager
@@ -136,7 +127,7 @@ def open_splits(spec: str, *, val_fraction: float = 0.1, skip_bad_images: bool =
     """Opens the data set that a DATA string names.
 
     Args:
-        spec: A folder with ``train/`` and ``val/`` (or ``validation/``, ``test/``), each with one
+        spec: A folder with ``train/`` and ``val/`` (by any name of `folders.SPLIT_NAMES`), each with one
             folder per class; a folder with one folder per class; ``digits``; or a timm data set
             such as ``torch/cifar100`` or ``hfds/NAME``. A folder by such a name is ``./digits``.
         val_fraction: Share of each class to validate on, where a folder has no split of its own: always the same images, so that no run
@@ -159,69 +150,67 @@ def open_splits(spec: str, *, val_fraction: float = 0.1, skip_bad_images: bool =
         )
     if spec.lower().startswith(TIMM_PREFIXES):
         return _open_timm(spec, skip_bad_images)
-    root = Path(spec)
-    if not root.is_dir():
-        raise UserError(f"no data folder '{spec}'; give an image folder, 'digits' or a data set like torch/cifar10")
-    train_root, val_roots = root / "train", [root / name for name in VAL_FOLDERS if (root / name).is_dir()]
-    if train_root.is_dir() and (val_roots or _subfolders(train_root)):
-        if not val_roots:
-            raise UserError(f"'{root}' has train/ but no val/; add it, or give '{train_root}' to have it split")
-        class_names, train, notes = _scan(train_root)
-        val_names, val, val_notes = _scan(val_roots[0])
-        if val_names != class_names:
-            only_train, only_val = set(class_names) - set(val_names), set(val_names) - set(class_names)
-            raise UserError(
-                f"'{train_root}' and '{val_roots[0]}' differ in classes: only the first has {_listed(only_train)}, "
-                f"only the second {_listed(only_val)}; give both the same class folders"
-            )
-        notes += val_notes
-        if len(val_roots) > 1:
-            notes.append(f"validation uses '{val_roots[0]}', not {_listed(p.name for p in val_roots[1:])}")
+    return _open_folder(spec, val_fraction, skip_bad_images)
+
+
+def _open_folder(spec: str, val_fraction: float, skip_bad: bool) -> Splits:
+    layout = find_layout(spec)
+    roots = [layout.train] if layout.val is None else [layout.train, layout.val]
+    found = scan(roots)
+    left_out = describe_left_out(found.left_out)
+    notes = [*found.notes, *([f"left out: {left_out}"] if left_out else []), *layout.notes]
+    for root, classes in zip(roots, found.classes):
+        if not any(classes.values()):
+            raise UserError(f"no images in class folders of '{root}'; put each class's images into a folder of its own"
+                            f" ({f'left out: {left_out}' if left_out else 'it has no files'})")
+    train = found.classes[0]
+    if empty := [name for name in train if not train[name]]:
+        raise UserError(f"no images in class folder {listed(empty)} of '{layout.train}'; add some or remove the folder")
+    if len(train) == 1:
+        raise UserError(f"'{layout.train}' has one class, '{listed(train)}'; give a folder with two or more class folders")
+    class_names = sorted(train)
+    if layout.val is None:
+        if lonely := [name for name in class_names if len(train[name]) < 2]:
+            raise UserError(f"'{layout.train}' has only 1 image of class {listed(lonely)}, too few to split; add more images")
+        samples = _split(_samples(train, class_names), val_fraction)
+        notes.append(f"'{layout.train}' was split: {len(samples[0])} images to train on, {len(samples[1])} to validate on")
     else:
-        class_names, samples, notes = _scan(root)
-        counts = Counter(class_names[target] for _, target in samples)
-        lonely = [name for name in class_names if counts[name] < 2]
-        if lonely:
-            raise UserError(f"'{root}' has only 1 image of class {_listed(lonely)}, too few to split; add more images")
-        train, val = _split(samples, val_fraction)
-        notes.append(f"'{root}' was split: {len(train)} images to train on, {len(val)} to validate on")
-    return Splits(
-        ImageSet(train, str(root), skip_bad_images), ImageSet(val, str(root), skip_bad_images), class_names, notes, True
-    )
+        val = {name for name, paths in found.classes[1].items() if paths}
+        lacks = set(class_names) - val
+        if more := val - set(class_names):
+            raise UserError(f"'{layout.train}' and '{layout.val}' differ in classes: only the first has {listed(lacks)}, "
+                            f"only the second {listed(more)}; give both the same class folders")
+        if lacks:
+            notes.append(f"'{layout.val}' has no images of class {listed(lacks)}: accuracy says nothing about it")
+        samples = [_samples(classes, class_names) for classes in found.classes]
+    return Splits(*(ImageSet(part, spec, skip_bad) for part in samples), class_names, notes, True)
 
 
-def _subfolders(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.iterdir() if path.is_dir())
+def _samples(classes: dict[str, list[str]], class_names: list[str]) -> list[tuple[str, int]]:
+    """(path, target) pairs, by class and path."""
+    return [(path, target) for target, name in enumerate(class_names) for path in classes.get(name, [])]
 
 
-def _listed(names: Iterable[str]) -> str:
-    names = sorted(names)
-    more = f" and {len(names) - SHOWN_NAMES} more" if len(names) > SHOWN_NAMES else ""
-    return (", ".join(names[:SHOWN_NAMES]) or "none") + more
+def class_sizes(images: ImageSet) -> tuple[int, int] | None:
+    """The least and most images of a class, where the targets are known without reading the images."""
+    if not isinstance(images.source, list):
+        return None
+    counts = Counter(target for _, target in images.source).values()
+    return min(counts), max(counts)
 
 
-def _scan(root: Path) -> tuple[list[str], list[tuple[str, int]], list[str]]:
-    """Finds the images of a folder of class folders: class names, (path, target) pairs and notes."""
-    extensions = get_img_extensions(as_set=True)
-    folders = _subfolders(root)
-    samples, others, empty = [], [], []
-    for target, folder in enumerate(folders):
-        files = sorted(os.path.join(at, name) for at, _, names in os.walk(folder, followlinks=True) for name in names)
-        images = [file for file in files if os.path.splitext(file)[1].lower() in extensions]
-        others += sorted(set(files) - set(images))
-        samples += [(image, target) for image in images]
-        if not images:
-            empty.append(folder.name)
-    if not samples:
-        raise UserError(f"no images in class folders of '{root}'; put each class's images into a folder of its own")
-    if empty:
-        raise UserError(f"no images in class folder {_listed(empty)} of '{root}'; add some or remove the folder")
-    if len(folders) == 1:
-        raise UserError(f"'{root}' has one class, '{folders[0].name}'; give a folder with two or more class folders")
+def shared_images(splits: Splits) -> list[str]:
+    """Notes on validation files that are training files too, by their content."""
+    train, val = ([item for item, _ in part.source if isinstance(item, str)] if isinstance(part.source, list) else []
+                  for part in (splits.train, splits.val))
+    twins = identical(train, val)
     notes = []
-    if others:
-        notes.append(f"{len(others)} files under '{root}' are no images and were left out, such as '{others[0]}'")
-    return [folder.name for folder in folders], samples, notes
+    if twins.pairs:
+        notes.append(f"{len(twins.pairs)} validation images are training images too, byte for byte, such as '{twins.pairs[0][0]}' and "
+                     f"'{twins.pairs[0][1]}': accuracy comes out too high")
+    if not twins.complete:
+        notes.append("not all training and validation images were compared with each other: there are too many for the time")
+    return notes
 
 
 def _split(samples: list, val_fraction: float) -> tuple[list, list]:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
 from pathlib import Path
 from typing import Any
 
 from . import CONVENTION, artifacts, exports
 from .config import Config
 from .files import writing
+from .pixels import decode
 from .shown import as_code, code_block, in_markdown
 from .source import is_run, short_name
 
@@ -18,16 +20,18 @@ from pathlib import Path
 
 import numpy as np
 {imports}
-from PIL import Image
+from PIL import Image, ImageOps
+
+{decode}
 
 file = str(Path(__file__).with_name("{file}"))
 {load}
 (channels, *size), mean, std = about["input_size"], np.array(about["mean"], np.float32), np.array(about["std"], np.float32)
 for path in sys.argv[1:] or sys.exit(__doc__):
-    image = Image.open(path)
-    if image.mode.startswith("I;16"):  # 16 bits of grey, which pillow would clip
-        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-    image = image.convert("L" if channels == 1 else "RGB")
+    try:
+        image = decode(Image.open(path), "L" if channels == 1 else "RGB")
+    except Exception as error:
+        sys.exit(f"cannot read image '{{path}}' ({{error}})")
     high, wide = (int(n / about["crop_pct"]) for n in size)  # what the image must fill; the input is cut from its middle
     if high == wide:
         width, height = (high if n == min(image.size) else int(high * n / min(image.size)) for n in image.size)
@@ -102,7 +106,7 @@ def write_handout(folder: Path, config: Config) -> None:
             file = exports.EXPORTS[format].file if format in exports.EXPORTS else ""
             if (folder / file).is_file():
                 name = f"infer_{format}.py"
-                (aside / name).write_text(SCRIPT.format(name=name, file=file, **parts), encoding="utf-8")
+                (aside / name).write_text(SCRIPT.format(name=name, file=file, decode=inspect.getsource(decode), **parts), encoding="utf-8")
                 scripts.append(f"python {name} image.jpg".ljust(40) + f"# {parts['needs']}")
         (aside / "README.md").write_text(card(folder, plan, config, scripts), encoding="utf-8", errors="replace")
 

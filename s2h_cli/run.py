@@ -191,11 +191,14 @@ def prepare(config: Config, device: torch.device, console: Console, folder: Path
     loading = dict(**preprocessing, batch_size=config.batch_size, workers=config.workers, flip=splits.flip, recipe=config, seed=config.seed)
     loader = data.make_loader(splits.train, train=True, **loading, rank=distributed.RANK, world=distributed.WORLD)
     teacher = pick_teacher(config, source, network, loader, classes, device, resuming)
-    for note in [*source.notes, *splits.notes, *captured.notes]:
+    shared = data.shared_images(splits) if distributed.RANK == 0 else []
+    for note in [*source.notes, *splits.notes, *shared, *captured.notes]:
         console.print(f"note: {note}", soft_wrap=True)
     processes = f", {distributed.WORLD} processes" if distributed.WORLD > 1 else ""
+    sizes = data.class_sizes(splits.train)
+    of = f" of {sizes[0]} to {sizes[1]} training images" if sizes else ""
     console.print(f"{source.name} on {config.data}: {len(splits.train)} training and {len(splits.val)} validation images, "
-                  f"{len(classes)} classes, input {'x'.join(map(str, source.input_size))}, {device}{processes}", soft_wrap=True)
+                  f"{len(classes)} classes{of}, input {'x'.join(map(str, source.input_size))}, {device}{processes}", soft_wrap=True)
     limits = [f"{share} of {quantity(space.full_costs[kind])} {KINDS[kind]}, smallest reachable {space.share(kind, space.least):.4f}"
               for kind, share in config.shares.items() if kind != "latency" and config.method != "dense"]
     console.print("; ".join([f"{len(space.groups)} groups, {space.size} prunable channels and heads", *(f"target {limit}" for limit in limits)]), soft_wrap=True)

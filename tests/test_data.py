@@ -1,18 +1,24 @@
+import io
+import os
 import random
+import shutil
 import subprocess
 import sys
+import unicodedata
 from collections import Counter
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from timm.data import ImageDataset
 
-from s2h_cli import data
+from s2h_cli import data, folders
 from s2h_cli.config import Recipe
 from s2h_cli.data import bad_images, make_loader, open_splits
 from s2h_cli.errors import UserError
+from s2h_cli.folders import identical, split_kind
+from s2h_cli.pixels import decode
 
 PREPROCESSING = dict(mean=(0.5,) * 3, std=(0.5,) * 3, interpolation="bilinear", crop_pct=0.875)
 
@@ -190,15 +196,15 @@ def test_a_worker_that_dies_names_its_image(grey_values):
     victim = grey_values.source[7][0]
     program = f"""
 import os, signal, time
-from s2h_cli import data
+from s2h_cli import data, folders
 from s2h_cli.errors import UserError
-real = data._eight_bits
-def dies(image):
+real = data.decode
+def dies(image, mode):
     if image.filename == {victim!r}:
         time.sleep(1)  # until the images before are handed over: that cut short can take the interpreter with it
         os.kill(os.getpid(), signal.SIGKILL)
-    return real(image)
-data._eight_bits = dies
+    return real(image, mode)
+data.decode = dies
 images = data.open_splits({str(grey_values.origin)!r}).train
 loader = data.make_loader(images, input_size=(3, 8, 8), train=False, batch_size=1, workers=1, flip=True, **{PREPROCESSING!r})
 try:
@@ -342,3 +348,174 @@ def test_some_images_are_of_all_classes_and_always_the_same(here):
     assert len(chosen) == 12 and {target for _, target in chosen.source} == {0, 1}
     assert chosen.source == data.some(images, 12).source and set(chosen.source) <= set(images.source)
     assert len(data.some(images, 1000)) == len(images)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Folders as people have them
+
+
+@pytest.mark.parametrize("name, kind", [
+    *[(name, "train") for name in ("train", "Train", "TRAINING", "training_set", "TrainSet", "train-data", "trainset", "dataset_train", "train2017")],
+    *[(name, "val") for name in ("val", "Valid", "validation", "val_set", "dev", "Eval", "hold-out-set", "ValData", "validation images")],
+    *[(name, "test") for name in ("test", "Testing", "test_set", "testdata", "TEST_IMAGES")],
+    *[(name, None) for name in ("cat", "train station", "bullet_train", "contest", "testa", "valley", "set", "data", "1", "devil", "trainer")],
+])
+def test_split_names(name, kind):
+    assert split_kind(name) == kind
+
+
+@pytest.mark.parametrize("folders, train, val", [
+    (["Train", "Val"], "Train", "Val"), (["training_set", "test_set"], "training_set", "test_set"), (["train", "valid", "test"], "train", "valid"),
+    (["train", "TEST", "dev"], "train", "dev"), (["train", "val", "valid"], "train", "val"), (["x/x/train", "x/x/val"], "x/x/train", "x/x/val"),
+    (["train/train", "val/val"], "train/train", "val/val"), (["train", "val", "extra"], "train", "val"),
+])
+def test_splits_are_found_by_name(tmp_path, folders, train, val):
+    for folder in folders:
+        paint(tmp_path / folder, a=2, b=2)
+    splits = open_splits(f"{tmp_path}/")
+    for images, folder in ((splits.train, train), (splits.val, val)):
+        assert {os.path.dirname(path) for path in paths(images)} == {str(tmp_path / folder / name) for name in "ab"}
+    if len(folders) > 2 or val == "test_set":
+        assert splits.notes
+
+
+@pytest.mark.parametrize("folders, words", [
+    (["train"], "no val/"), (["test", "val"], "no train/"), (["train", "training", "val"], "several"), (["test"], "no train/"), (["extra", "train"], "no val/"),
+])
+def test_what_lacks_a_split_is_never_read_as_classes(tmp_path, folders, words):
+    for folder in folders:
+        paint(tmp_path / folder, a=2, b=2)
+    assert words in refusal(open_splits, str(tmp_path))
+
+
+def test_split_folders_without_class_folders_are_no_classes(tmp_path):
+    paint(tmp_path, train=3, test=3)
+    assert "6 images outside the class folders" in refusal(open_splits, str(tmp_path))
+
+
+def test_a_class_may_be_called_like_a_split(tmp_path):
+    assert open_splits(str(paint(tmp_path, bus=3, train=3, test=3))).class_names == ["bus", "test", "train"]
+
+
+def test_hidden_and_system_files_are_left_out_and_counted(tmp_path):
+    paint(tmp_path, a=3, b=3)
+    for name in (".ipynb_checkpoints", "__MACOSX", "@eaDir", "$RECYCLE.BIN", "a/.ipynb_checkpoints", "a/__pycache__"):
+        shutil.copytree(tmp_path / "b", tmp_path / name)
+    for name in ("._0.png", "Thumbs.db", "desktop.ini", ".DS_Store"):
+        (tmp_path / "a" / name).write_bytes(b"0")
+    splits = open_splits(str(tmp_path))
+    assert splits.class_names == ["a", "b"] and len(splits.train) + len(splits.val) == 6
+    assert "10 hidden" in splits.notes[0]
+
+
+def test_links_and_what_is_no_file(tmp_path):
+    paint(tmp_path / "train", a=3, b=3)
+    paint(tmp_path / "val", a=2, b=2)
+    for link, to in (("train/a/up", ".."), ("train/a/root", "../.."), ("train/a/far", "/"), ("train/a/own", "own"), ("train/a/other.png", "../b/0.png"),
+                     ("train/a/gone.png", "nowhere"), ("val/a/leak.png", "../../train/a/0.png"), ("val/a/folder", "../../train/b")):
+        (tmp_path / link).symlink_to(to)
+    os.mkfifo(tmp_path / "train" / "b" / "pipe.png")
+    (tmp_path / "val" / "b" / "folder.png").mkdir()
+    splits = open_splits(str(tmp_path))
+    assert Counter(target for _, target in splits.train.source) == {0: 3, 1: 3} and Counter(target for _, target in splits.val.source) == {0: 2, 1: 2}
+    note = splits.notes[0]
+    assert "5 links to files and folders" in note and "3 links to nothing" in note and "1 validation files that are links to training" in note
+
+
+def test_images_behind_links_are_read(tmp_path):
+    paint(tmp_path / "pool", a=4, b=4, c=1)
+    root = tmp_path / "data"
+    root.mkdir()
+    (root / "a").symlink_to(tmp_path / "pool" / "a")
+    (root / "b").mkdir()
+    (root / "b" / "inner").symlink_to(tmp_path / "pool" / "b")
+    (root / "b" / "one.png").symlink_to(tmp_path / "pool" / "c" / "0.png")
+    splits = open_splits(str(root))
+    assert len(splits.train) + len(splits.val) == 9
+
+
+def test_class_names_are_compared_in_one_form(tmp_path):
+    for split, form in (("train", "NFC"), ("val", "NFD")):
+        paint(tmp_path / split, **{unicodedata.normalize(form, name): 2 for name in ("café", "naïve")})
+    splits = open_splits(str(tmp_path))
+    assert splits.class_names == ["café", "naïve"] and Counter(target for _, target in splits.val.source) == {0: 2, 1: 2}
+
+
+def test_a_class_that_val_lacks_is_a_note(tmp_path):
+    paint(tmp_path / "train", a=2, b=2, c=2)
+    paint(tmp_path / "val", a=1, c=1)
+    (tmp_path / "val" / "b").mkdir()
+    splits = open_splits(str(tmp_path))
+    assert [target for _, target in splits.val.source] == [0, 2] and "class b" in splits.notes[-1]
+    assert data.class_sizes(splits.train) == (2, 2)
+
+
+@pytest.mark.parametrize("ending", ["webp", "bmp", "tif", "gif", "TIFF", "ppm", "jpeg"])
+def test_what_pillow_opens_is_an_image(tmp_path, ending):
+    for name in "ab":
+        (tmp_path / name).mkdir()
+        for value in (0, 255):
+            Image.new("RGB", (8, 8), (value,) * 3).save(tmp_path / name / f"{value}.{ending}")
+    assert [round(v) for v in values(loader(open_splits(str(tmp_path), val_fraction=0.5).train))] in ([0, 0], [0, 255], [255, 255])
+
+
+def test_a_folder_without_images_says_what_it_has(tmp_path):
+    (tmp_path / "a").mkdir()
+    for name in ("a/1.heic", "a/2.heic", "a/x.pdf"):
+        (tmp_path / name).write_bytes(b"0")
+    message = refusal(open_splits, str(tmp_path))
+    assert "2 .heic" in message and "1 .pdf" in message
+
+
+def test_identical_files_in_both_splits_are_counted(tmp_path):
+    paint(tmp_path / "train", a=3, b=3)
+    paint(tmp_path / "val", a=1, b=1)  # 0.png of a is black in both, that of b has another grey
+    shutil.copy(tmp_path / "train" / "b" / "2.png", tmp_path / "val" / "b" / "copy.png")
+    (note,) = data.shared_images(open_splits(str(tmp_path)))
+    twins = identical(*(sorted(map(str, (tmp_path / split).rglob("*.png"))) for split in ("train", "val")))
+    assert {os.path.relpath(path, tmp_path) for path, _ in twins.pairs} == {"val/a/0.png", "val/b/0.png", "val/b/copy.png"} and twins.complete
+    assert note.startswith("3 validation images")
+    assert not identical(*[paths(part) for part in (open_splits(str(tmp_path)).train,) * 2], seconds=-1).complete
+
+
+@pytest.mark.parametrize("name, words", [("x.zip", "unpack"), ("x.csv", "folder of its own"), ("x.png", "no folder"), ("x.tar.gz", "unpack")])
+def test_a_file_as_data(tmp_path, name, words):
+    (tmp_path / name).write_bytes(b"0")
+    assert words in refusal(open_splits, str(tmp_path / name))
+
+
+def test_data_may_be_in_the_home_folder_and_unreadable(tmp_path, monkeypatch):
+    paint(tmp_path / "mine", a=2, b=2)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert len(open_splits("~/mine").train) == 2
+
+    def refuse(folder):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(folders.os, "scandir", refuse)
+    assert "permission" in refusal(open_splits, str(tmp_path / "mine"))
+
+
+@pytest.mark.parametrize("turn", range(1, 9))
+def test_images_are_upright(turn):
+    picture = Image.fromarray(np.arange(12, dtype=np.uint8).reshape(3, 4))
+    exif = Image.Exif()
+    exif[0x112] = turn
+    file = io.BytesIO()
+    picture.save(file, "PNG", exif=exif)
+    assert decode(Image.open(file), "L").size == ((4, 3) if turn < 5 else (3, 4))
+    assert np.array_equal(decode(Image.open(file), "L"), ImageOps.exif_transpose(Image.open(file)))
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "P", "PA", "LA", "La", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr", "LAB", "HSV", "I", "F", "I;16", "I;16L", "I;16B"])
+def test_every_mode_of_pillow_has_8_bit_pixels(mode):
+    for channels, target in ((1, "L"), (3, "RGB")):
+        image = decode(Image.new(mode, (5, 4), 1 if mode in ("1", "F") else None), target)
+        assert (image.mode, image.size) == (target, (5, 4))
+
+
+@pytest.mark.parametrize("kind, top", [(np.float32, 1), (np.float32, 255), (np.float32, 65535), (np.int32, 255), (np.int32, 65535), (np.uint16, 65535)])
+def test_deep_grey_is_scaled(kind, top):
+    ramp = np.linspace(0, top, 20).astype(kind).reshape(4, 5)
+    expected = (ramp.astype(float) / top * 255)
+    assert abs(np.asarray(decode(Image.fromarray(ramp), "L")).astype(float) - expected).max() <= 1

@@ -99,11 +99,19 @@ def test_a_script_without_images_says_how_it_is_used(run, monkeypatch):
         runpy.run_path(str(run / "infer_onnx.py"), run_name="__main__")
 
 
-def test_scripts_see_what_s2h_sees_of_wide_inputs_and_16_bits(here, monkeypatch):
+def test_scripts_see_what_s2h_sees_of_wide_inputs_and_all_kinds_of_images(here, monkeypatch):
     (here / "wide.py").write_text((here / "net.py").read_text() + WIDE)
     rng = np.random.default_rng(0)
     for i, size in enumerate([(90, 80), (80, 400), (20, 30)]):
-        Image.fromarray(rng.integers(0, 65536, size).astype(np.uint16)).save(here / "data" / "val" / "dark" / f"grey{i}.png")
+        deep = rng.integers(0, 65536, size)
+        Image.fromarray(deep.astype(np.uint16)).save(here / "data" / "val" / "dark" / f"grey{i}.png")
+        Image.fromarray((deep / 65535).astype(np.float32)).save(here / "data" / "val" / "dark" / f"float{i}.tif")
+        rgb, exif = Image.fromarray((deep >> 8).astype(np.uint8)).convert("RGB"), Image.Exif()
+        exif[0x112] = (3, 6, 8)[i]  # turned, as phones store them
+        rgb.save(here / "data" / "val" / "light" / f"turned{i}.jpg", exif=exif)
+        rgb.quantize(8).save(here / "data" / "val" / "light" / f"palette{i}.png", transparency=bytes([0, 128, 255]))
+        rgb.convert("CMYK").save(here / "data" / "val" / "light" / f"cmyk{i}.jpg")
+        rgb.save(here / "data" / "val" / "light" / f"moving{i}.gif", save_all=True, append_images=[Image.new("RGB", rgb.size)])
     assert s2h("prune", "wide.py:landscape", *PRUNE[2:6], "--workers", "0", "--divisor", "2", "--device", "cpu", "--epochs", "0", "-o", "run") == 0
     images, paths, plan = validation(here / "run")
     assert plan["input_size"] == [3, 16, 48]
