@@ -20,10 +20,11 @@ import timm
 import torch
 import torchvision
 from timm.data import resolve_data_config
-from timm.models import get_pretrained_cfg, load_state_dict
+from timm.models import get_pretrained_cfg
 from torch import nn
 
 from . import artifacts, hub
+from .checkpoints import read_weights
 from .errors import UserError, why
 from .exports import quiet
 from .logits import PickLogits, find_logits, is_head, shown, tensors_in
@@ -535,19 +536,8 @@ def _resampled(module: nn.Module, state: dict[str, torch.Tensor]) -> dict[str, t
 
 def _load_weights(source: Source, path: Path, num_classes: int | None) -> None:
     """Loads a file into the model; a head for another number of classes stays freshly initialised."""
-    if not path.is_file():
-        raise UserError(f"no weights file '{path}'; give a .safetensors, .pth, .pt or .bin file")
-    try:
-        state = load_state_dict(str(path), device="cpu", weights_only=True)
-        tensors = all(isinstance(value, torch.Tensor) for value in state.values())
-    except Exception as error:
-        raise UserError(
-            f"cannot read '{path}' as plain weights ({why(error)}); save it with torch.save(model.state_dict(), FILE)"
-        ) from error
-    if not state or not tensors:
-        raise UserError(f"'{path}' holds no state dict; save it with torch.save(model.state_dict(), FILE)")
-
     own = source.module.state_dict()
+    state, notes = read_weights(path, own)
     heads = {f"{name}.{part}" for name in _head_names(source.module, num_classes or 0) for part in ("weight", "bias")}
     if any(key in own and key not in heads and own[key].shape != value.shape for key, value in state.items()):
         try:
@@ -575,6 +565,10 @@ def _load_weights(source: Source, path: Path, num_classes: int | None) -> None:
         raise UserError(
             f"'{path}' does not fit '{source.spec}': keys {', '.join(misfits)}; give weights of this very model"
         )
-    source.module.load_state_dict(state, strict=False)
+    try:
+        source.module.load_state_dict(state, strict=False)
+    except Exception as error:  # torch names the tensors that it cannot copy
+        raise UserError(f"'{path}' cannot be loaded into '{source.spec}' ({why(error)}); give plain float weights") from error
+    source.notes += notes
     source.pretrained = True
     source.classes = None  # which classes the head of the file knows it does not tell

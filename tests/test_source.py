@@ -1,3 +1,4 @@
+import argparse
 import socket
 import time
 from pathlib import Path
@@ -189,7 +190,56 @@ def test_weights_are_loaded(net, tmp_path, form):
         torch.save(wrapped if path.stem == "plain" else {path.stem: wrapped, "epoch": 3}, path)
     source = load_source(f"{net}:build", weights=path)
     assert all(torch.equal(value, state[key]) for key, value in source.module.state_dict().items())
-    assert source.pretrained and source.notes == []
+    assert source.pretrained and len(source.notes) == (path.stem != "plain") and all(path.stem in note for note in source.notes)
+
+
+LIGHTNING = {"epoch": 3, "global_step": 7, "optimizer_states": [{"state": {0: {"exp_avg": torch.zeros(2)}}, "param_groups": [{"lr": 0.1}]}]}
+
+
+@pytest.mark.parametrize("wrap, note", [
+    *[(lambda state, key=key: {key: state, "epoch": 3, "args": argparse.Namespace(lr=1)}, f"'{key}'")
+      for key in ("model_state_dict", "state_dict", "model", "model_ema", "ema", "net", "network", "weights", "params", "anything")],
+    (lambda state: {"checkpoint": {"model": state}, "optimizer": {"state": {0: {"exp_avg": torch.zeros(2)}}}}, "'checkpoint.model'"),
+    (lambda state: LIGHTNING | {"state_dict": renamed(state, "model.") | {"loss.weight": torch.ones(2)}}, "loss.weight"),
+    (lambda state: renamed(state, "module._orig_mod."), None),
+    (lambda state: renamed(state, "_orig_mod.module."), None),
+    (lambda state: renamed(state, "my.own.net."), None),
+    (lambda state: {"n_averaged": torch.tensor(3)} | renamed(state, "module."), None),
+    (lambda state: {key.replace("conv.", "conv._orig_mod."): value for key, value in state.items()}, None),
+    (lambda state: state | {"epoch": 3}, None),
+    (lambda state: {"model": {key: value + 1 for key, value in state.items()}, "state_dict_ema": state}, "'state_dict_ema'"),
+    (lambda state: {"model": state, "ema": {"decay": torch.ones(()), "conv.weight": state["conv.weight"]}}, "'model'"),
+    *[(lambda state, kind=kind: {key: value.to(kind) for key, value in state.items()}, None) for kind in (torch.float16, torch.bfloat16, torch.float64)],
+])
+def test_weights_are_found_in_files_of_all_kinds(net, tmp_path, wrap, note):
+    state = {key: torch.randn_like(value).half().bfloat16().float() for key, value in load_source(f"{net}:build").module.state_dict().items()}
+    torch.save(wrap(state), tmp_path / "file.ckpt")
+    source = load_source(f"{net}:build", weights=tmp_path / "file.ckpt")
+    assert {p.dtype for p in source.module.parameters()} == {torch.float32}
+    for key, value in source.module.state_dict().items():
+        torch.testing.assert_close(value, state[key], rtol=1e-3, atol=1e-4)
+    assert (note in " ".join(source.notes)) if note else source.notes == []
+
+
+def renamed(state, prefix):
+    return {prefix + key: value for key, value in state.items()}
+
+
+@pytest.mark.parametrize("change, words", [
+    (lambda state: state | {"conv.bias": state["conv.bias"] * float("nan")}, "'conv.bias' that are not finite"),
+    (lambda state: state | {"conv.bias": (state["conv.bias"] + 1).double() * 1e300}, "not finite"),
+    (lambda state: state | {"conv.weight": state["conv.weight"].to(torch.int8)}, "torch.int8"),
+    (lambda state: {"model": torch.nn.Linear(2, 2)}, "state_dict()"),
+])
+def test_weights_that_cannot_be_used_are_one_line(net, tmp_path, change, words):
+    torch.save(change(load_source(f"{net}:build").module.state_dict()), tmp_path / "file.pth")
+    assert words in refusal(f"{net}:build", weights=tmp_path / "file.pth")
+
+
+def test_files_of_sharded_weights_are_one_line(net, tmp_path):
+    for name in ("model.safetensors.index.json", "model-00001-of-00002.safetensors"):
+        (tmp_path / name).write_text("{}")
+        assert "several" in refusal(f"{net}:build", weights=tmp_path / name)
 
 
 def test_weights_win_over_the_download_and_a_head_of_other_size_is_dropped(tmp_path, monkeypatch):
