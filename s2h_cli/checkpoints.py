@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import argparse
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from pickle import UnpicklingError
 
 import safetensors.torch
 import torch
@@ -15,17 +15,35 @@ from .errors import UserError, why
 
 State = dict[str, torch.Tensor]
 
-#: Parts of a checkpoint that may hold the weights, the first that holds all of them before the others: averaged ones first, as in timm.
-PARTS = ("state_dict_ema", "model_ema", "ema_state_dict", "ema", "ema_model", "state_dict", "model", "model_state_dict", "model_state",
-         "net", "network", "weights", "params")
+#: Parts of a checkpoint that may hold the weights, best first: averaged ones come before others, as in timm.
+PARTS = ("state_dict_ema", "model_ema", "ema_state_dict", "ema", "ema_model", "state_dict", "model", "model_state_dict",
+         "model_state", "net", "network", "weights", "params")
 DEPTH = 3  # levels of a checkpoint in which weights are looked for
 PREFIXES = 4  # dots in the longest prefix that is taken off
 #: What wrappers put into the names of the weights inside them.
 WRAPPED = re.compile(r"(?<![^.])(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
-COUNTERS = ("n_averaged", "num_batches_tracked")  # are no weights
+COUNTER = "n_averaged"  # of torch.optim.swa_utils.AveragedModel; is no weight
 SHARD = re.compile(r"-\d+-of-\d+$")
 SHOWN = 3
 ADVICE = "save it with torch.save(model.state_dict(), FILE)"
+
+
+class Inert:
+    """Stands for an object of any class in a checkpoint. The class itself is neither imported nor run."""
+
+    def __init__(self, *arguments):
+        pass
+
+    def __setstate__(self, state):
+        pass
+
+
+def _class_names(path: Path) -> list[str]:
+    """Classes and functions that a file of torch.save names, beside those of plain weights; none of old files."""
+    try:
+        return torch.serialization.get_unsafe_globals_in_checkpoint(path)
+    except Exception:  # torch.load tells what is wrong with the file
+        return []
 
 
 def read_weights(path: Path, own: State) -> tuple[State, list[str]]:
@@ -50,8 +68,10 @@ def read_weights(path: Path, own: State) -> tuple[State, list[str]]:
         if path.suffix == ".safetensors":
             content = safetensors.torch.load_file(path)
         else:
-            with torch.serialization.safe_globals([argparse.Namespace]):  # plain values, which trainings save
+            with torch.serialization.safe_globals([(Inert, name) for name in _class_names(path)]):
                 content = torch.load(path, map_location="cpu", weights_only=True)
+    except UnpicklingError as error:
+        raise UserError(f"'{path}' holds Python objects, which s2h does not run, not plain weights; {ADVICE}") from error
     except Exception as error:
         raise UserError(f"cannot read '{path}' as plain weights ({why(error)}); {ADVICE}") from error
     found = [(name, *_fitted(state, own)) for name, state in _states(content, "", DEPTH)]
@@ -61,8 +81,8 @@ def read_weights(path: Path, own: State) -> tuple[State, list[str]]:
     _check(path, state, own)
     notes = [f"the weights are those under '{name}' in '{path}'"] if name else []
     if aside:
-        notes.append(f"of '{path}' the names that begin with '{prefix}' are used, and {len(aside)} others are not: {', '.join(aside[:SHOWN])}"
-                     + (", ..." if len(aside) > SHOWN else ""))
+        notes.append(f"of '{path}' the names that begin with '{prefix}' are used, and {len(aside)} others are not: "
+                     + ", ".join(aside[:SHOWN]) + (", ..." if len(aside) > SHOWN else ""))
     return state, notes
 
 
@@ -78,9 +98,13 @@ def _states(part: object, name: str, depth: int) -> Iterator[tuple[str, State]]:
 
 
 def _fitted(state: State, own: State) -> tuple[State, str, list[str]]:
-    """Names as the model has them: the state, the prefix that was taken off, and the names that do not begin with it."""
+    """Renames weights as the model does.
+
+    Returns:
+        The state, the prefix that was taken off, and the names without it, which are left out.
+    """
     state = {key if key in own else WRAPPED.sub("", key): value for key, value in state.items()}
-    state = {key: value for key, value in state.items() if key in own or key.rpartition(".")[2] != COUNTERS[0]}
+    state = {key: value for key, value in state.items() if key in own or key.rpartition(".")[2] != COUNTER}
     matches = Counter({"": sum(key in own for key in state)})
     for key in state:
         parts = key.split(".")
@@ -99,6 +123,8 @@ def _check(path: Path, state: State, own: State) -> None:
     for key in state.keys() & own.keys():
         mine, value = own[key], state[key]
         if mine.is_floating_point() and not value.is_floating_point():
-            raise UserError(f"'{path}' has '{key}' as {value.dtype}, not as floating-point numbers; {ADVICE} before it is quantized")
+            raise UserError(f"'{path}' has '{key}' as {value.dtype}, not as floating-point numbers; {ADVICE} before the "
+                            "model is quantized")
         if mine.is_floating_point() and mine.isfinite().all() and not value.to(mine.dtype).isfinite().all():
-            raise UserError(f"'{path}' has numbers in '{key}' that are not finite (NaN or infinity); give weights of a training that went well")
+            raise UserError(f"'{path}' has numbers in '{key}' that are not finite (NaN or infinity); give weights of a "
+                            "training that went well")

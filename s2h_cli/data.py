@@ -26,6 +26,7 @@ DIGITS_VAL_FRACTION = 0.2
 SMALL_IMAGE = 64  # pixels; images up to this side are cropped gently and keep their colours
 SEED_RANGE = 2**62
 
+
 @dataclass
 class Splits:
     """A data set split for training and validation.

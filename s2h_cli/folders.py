@@ -26,11 +26,11 @@ SPLIT_NAMES = {
 }
 KINDS = {name: kind for kind, names in SPLIT_NAMES.items() for name in names}
 #: Words that say no more than that a folder holds data: "training_set", "TestData", "train_images".
-FILLERS = frozenset("set sets data dataset datasets image images img imgs pic pics picture pictures photo photos file files sample "
-                    "samples split splits folder dir subset part seg".split())
+FILLERS = frozenset("set sets data dataset datasets image images img imgs pic pics picture pictures photo photos file "
+                    "files sample samples split splits folder dir subset part seg".split())
 #: Files and folders that systems and programs leave behind, beside all names that begin with a dot.
-SYSTEM_NAMES = frozenset(("__macosx", "thumbs.db", "ehthumbs.db", "desktop.ini", "@eadir", "$recycle.bin", "system volume information",
-                          "lost+found", "__pycache__"))
+SYSTEM_NAMES = frozenset(("__macosx", "thumbs.db", "ehthumbs.db", "desktop.ini", "@eadir", "$recycle.bin",
+                          "system volume information", "lost+found", "__pycache__"))
 #: Formats that Pillow lists, but that hold films or need another program.
 NO_PICTURES = frozenset(("EPS", "WMF", "MPEG", "FLI", "HDF5", "GRIB", "BUFR"))
 ARCHIVES = (".zip", ".tar", ".gz", ".tgz", ".bz2", ".xz", ".zst", ".7z", ".rar")
@@ -93,7 +93,7 @@ def split_kind(name: str) -> str | None:
     """"train", "val" or "test" where a folder's name says no more than that."""
     words = re.findall(r"[^\W\d_]+", re.sub(r"([a-z])([A-Z])", r"\1 \2", name))
     word = "".join(word.casefold() for word in words if word.casefold() not in FILLERS)
-    stems = [word, *(word.removesuffix(filler) for filler in FILLERS), *(word.removeprefix(filler) for filler in FILLERS)]
+    stems = [word, *(cut(filler) for filler in FILLERS for cut in (word.removesuffix, word.removeprefix))]
     return next((KINDS[stem] for stem in stems if stem in KINDS), None)
 
 
@@ -110,32 +110,33 @@ def find_layout(spec: str) -> Layout:
     notes = [f"the images are in '{root}'"] if root != given else []
     folders = _subfolders(root)
     kinds = {folder: split_kind(folder.name) for folder in folders}
-    if not folders or not (all(kinds.values()) or any(kind and _holds_folders(folder) for folder, kind in kinds.items())):
+    if not folders or not (all(kinds.values()) or any(kind and _holds_folders(f) for f, kind in kinds.items())):
+        if folders and all(_holds_splits(folder) for folder in folders):
+            raise UserError(f"the class folders of '{root}' hold split folders, such as '{_subfolders(folders[0])[0]}'; "
+                            "put the class folders into train/ and val/ instead")
         return Layout(root, None, notes)
 
-    found = {kind: sorted((f for f in folders if kinds[f] == kind), key=_usual_first) for kind in SPLIT_NAMES}
+    found = {kind: [folder for folder in folders if kinds[folder] == kind] for kind in SPLIT_NAMES}
     names = listed(f"{folder.name}/" for folder in folders if kinds[folder])
+    held_out = "val" if found["val"] else "test"
     if not found["train"]:
-        raise UserError(f"'{root}' has {names} but no train/; add it, or rename the folder that holds the training images")
-    if len(found["train"]) > 1:
-        raise UserError(f"'{root}' has several folders to train on: {names}; keep one of them, with the images of all")
-    train = _unwrapped(found["train"][0], "train")
-    held_out = found["val"] + found["test"]
-    if not held_out:
-        raise UserError(f"'{root}' has {names} but no val/; add it, or give '{train}' to have it split")
-    val = _unwrapped(held_out[0], split_kind(held_out[0].name))
+        raise UserError(f"'{root}' has {names} but no train/; add it, or rename the folder with the training images")
+    if not found[held_out]:
+        raise UserError(f"'{root}' has {names} but no val/; add it, or give '{found['train'][0]}' to have it split")
+    for kind in ("train", held_out):
+        if len(found[kind]) > 1:
+            several = listed(f"{folder.name}/" for folder in found[kind])
+            raise UserError(f"'{root}' has several {kind} folders: {several}; keep one, and move the others elsewhere")
+    (train,), (val,) = found["train"], found[held_out]
+    train, val = _unwrapped(train, "train"), _unwrapped(val, held_out)
     if others := [folder.name for folder in folders if not kinds[folder]]:
         notes.append(f"'{root}' has other folders that are not used: {listed(others)}")
-    if not found["val"]:
-        notes.append(f"'{root}' has no val/: validation uses '{val}'; what is chosen by its accuracy was chosen on test images")
-    if len(held_out) > 1:
-        notes.append(f"validation uses '{val}', not {listed(folder.name for folder in held_out[1:])}")
+    if held_out == "test":
+        notes.append(f"'{root}' has no val/, so validation uses '{val}': a result chosen by its accuracy was chosen on "
+                     "test images")
+    elif found["test"]:
+        notes.append(f"validation uses '{val}'; {listed(f'{f.name}/' for f in found['test'])} is not used")
     return Layout(train, val, notes)
-
-
-def _usual_first(folder: Path) -> tuple[int, str]:
-    """A place in an order of folders of one split: by how usual the name is."""
-    return list(KINDS).index(folder.name.casefold()) if folder.name.casefold() in KINDS else len(KINDS), folder.name
 
 
 def _no_folder(spec: str, path: Path) -> UserError:
@@ -145,8 +146,10 @@ def _no_folder(spec: str, path: Path) -> UserError:
     if ending in ARCHIVES:
         return UserError(f"'{spec}' is an archive; unpack it and give the folder")
     if ending in TABLES:
-        return UserError(f"'{spec}' is a file, and lists of images are not read; put the images of each class into a folder of its own")
-    return UserError(f"'{spec}' is no folder; give a folder with train/ and val/, or with one folder of images for each class")
+        return UserError(f"'{spec}' is a file, and lists of images are not read; put the images of each class into a "
+                         "folder of its own")
+    return UserError(f"'{spec}' is no folder; give a folder with train/ and val/, or with one folder of images for each "
+                     "class")
 
 
 def _entries(folder: Path | str) -> list[os.DirEntry]:
@@ -190,7 +193,8 @@ def _subfolders(folder: Path) -> list[Path]:
 
 def _holds_images(folder: Path) -> bool:
     """Whether images are directly in the folder."""
-    return any(_ending(entry.name) in image_endings() and not _hidden(entry.name) and _is_file(entry) for entry in _entries(folder))
+    return any(_ending(entry.name) in image_endings() and not _hidden(entry.name) and _is_file(entry)
+               for entry in _entries(folder))
 
 
 def _holds_folders(folder: Path) -> bool:
@@ -198,18 +202,32 @@ def _holds_folders(folder: Path) -> bool:
     return bool(_subfolders(folder)) and not _holds_images(folder)
 
 
+def _holds_splits(folder: Path) -> bool:
+    """Whether all folders in a folder have names of splits."""
+    inside = _subfolders(folder)
+    return bool(inside) and all(split_kind(part.name) for part in inside)
+
+
 def _unwrapped(folder: Path, kind: str | None) -> Path:
-    """Looks through folders that hold but one folder of folders, as archives unpack. `kind`: the split, if the folder is of one."""
+    """Looks through folders that hold only one folder of folders, as archives unpack.
+
+    Args:
+        folder: Where to begin.
+        kind: The split that the folder is of, if any.
+    """
     for _ in range(WRAPPINGS):
         inside = _subfolders(folder)
-        if len(inside) != 1 or split_kind(inside[0].name) not in (None, kind) or _holds_images(folder) or not _holds_folders(inside[0]):
+        if (len(inside) != 1 or split_kind(inside[0].name) not in (None, kind) or _holds_images(folder)
+                or not _holds_folders(inside[0])):
             break
         (folder,) = inside
     return folder
 
 
 def scan(roots: list[Path]) -> Scan:
-    """Finds the images of folders of class folders, each file once: links to files and folders that are read elsewhere are left out.
+    """Finds the images of folders of class folders, each file once.
+
+    Links to files and folders that are read elsewhere are left out.
 
     Args:
         roots: Folders of class folders: first that of the training images.
@@ -262,11 +280,11 @@ def scan(roots: list[Path]) -> Scan:
                 images.append((link or entry.is_symlink(), number, name, entry.path, identity))
     owner = {}
     for link, number, name, path, identity in sorted(images, key=lambda image: (image[0], image[1], image[3])):
-        if identity not in owner:
-            owner[identity] = number
+        other, read = owner.setdefault(identity, (number, path))
+        if read == path or not os.path.samefile(read, path):  # some file systems give numbers twice
             found.classes[number][name].append(path)
         else:
-            found.left_out[LEAK if owner[identity] < number else AGAIN].append(path)
+            found.left_out[LEAK if other < number else AGAIN].append(path)
     for classes in found.classes:
         for paths in classes.values():
             paths.sort()
@@ -314,7 +332,10 @@ class Twins(NamedTuple):
 
 
 def identical(train: list[str], val: list[str], seconds: float = HASH_SECONDS) -> Twins:
-    """Finds the files of `val` whose content a file of `train` has too. Only files of equal size and equal end are read whole."""
+    """Finds the files of `val` whose content a file of `train` has too.
+
+    Only files of equal size are opened, and only those of an equal end are read whole.
+    """
     deadline = time.monotonic() + seconds
     complete = True
     for key in (os.path.getsize, _tail, _digest):

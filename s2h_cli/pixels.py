@@ -1,4 +1,4 @@
-"""How an image file becomes 8-bit pixels. The infer scripts contain the source of `decode`, so that they see what training saw."""
+"""How an image file becomes 8-bit pixels. The infer scripts contain the source of `decode`, to see what training saw."""
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -7,8 +7,9 @@ from PIL import Image, ImageOps
 def decode(image: Image.Image, mode: str) -> Image.Image:
     """Turns an opened image upright, as its EXIF data says, and converts it to mode "RGB" or "L".
 
-    Of an animation this is the first frame. Transparency is dropped. Grey values of 16 bits are scaled to 8 bits. Pillow's modes
-    "I" and "F" do not tell their range: it is 0..1 ("F" alone), 0..255 or 0..65535, the first of these that holds all values.
+    Of an animation this is the first frame. Transparency is dropped. Grey values of 16 bits are scaled to 8 bits.
+    Pillow's modes "I" and "F" do not tell their range: it is 0..1 ("F" only), 0..255 or 0..65535, the first of these
+    that holds all values.
 
     Raises:
         ValueError: a grey value is above 65535.

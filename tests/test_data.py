@@ -62,7 +62,7 @@ def test_train_and_val_folders(tmp_path):
     assert (len(splits.train), len(splits.val), splits.class_names, splits.flip) == (5, 3, ["a", "b"], True)
     assert len(splits.notes) == 1 and "notes.txt" in splits.notes[0]
     paint(tmp_path / "test", a=1, b=1)
-    assert "not test" in open_splits(str(tmp_path)).notes[-1]
+    assert "test/ is not used" in open_splits(str(tmp_path)).notes[-1]
 
 
 def test_single_folder_is_split_by_class_and_always_alike(tmp_path):
@@ -366,7 +366,7 @@ def test_split_names(name, kind):
 
 @pytest.mark.parametrize("folders, train, val", [
     (["Train", "Val"], "Train", "Val"), (["training_set", "test_set"], "training_set", "test_set"), (["train", "valid", "test"], "train", "valid"),
-    (["train", "TEST", "dev"], "train", "dev"), (["train", "val", "valid"], "train", "val"), (["x/x/train", "x/x/val"], "x/x/train", "x/x/val"),
+    (["train", "TEST", "dev"], "train", "dev"), (["x/x/train", "x/x/val"], "x/x/train", "x/x/val"),
     (["train/train", "val/val"], "train/train", "val/val"), (["train", "val", "extra"], "train", "val"),
 ])
 def test_splits_are_found_by_name(tmp_path, folders, train, val):
@@ -380,7 +380,8 @@ def test_splits_are_found_by_name(tmp_path, folders, train, val):
 
 
 @pytest.mark.parametrize("folders, words", [
-    (["train"], "no val/"), (["test", "val"], "no train/"), (["train", "training", "val"], "several"), (["test"], "no train/"), (["extra", "train"], "no val/"),
+    (["train"], "no val/"), (["test", "val"], "no train/"), (["train", "training", "val"], "several train"), (["train", "val", "Validation"], "several val"),
+    (["train", "test", "test_set"], "several test"), (["a/train", "a/val", "b/train", "b/val"], "class folders"), (["test"], "no train/"), (["extra", "train"], "no val/"),
 ])
 def test_what_lacks_a_split_is_never_read_as_classes(tmp_path, folders, words):
     for folder in folders:

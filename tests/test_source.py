@@ -1,8 +1,12 @@
 import argparse
+import collections
+import datetime
+import shutil
 import socket
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -207,11 +211,14 @@ LIGHTNING = {"epoch": 3, "global_step": 7, "optimizer_states": [{"state": {0: {"
     (lambda state: {"n_averaged": torch.tensor(3)} | renamed(state, "module."), None),
     (lambda state: {key.replace("conv.", "conv._orig_mod."): value for key, value in state.items()}, None),
     (lambda state: state | {"epoch": 3}, None),
+    (lambda state: {"model": state, "best": np.float64(0.9), "random": np.random.get_state(), "at": datetime.datetime.now(),
+                    "file": Path("x"), "code": Runs("file.ran"), "whole": torch.nn.Linear(2, 2)}, "'model'"),
     (lambda state: {"model": {key: value + 1 for key, value in state.items()}, "state_dict_ema": state}, "'state_dict_ema'"),
     (lambda state: {"model": state, "ema": {"decay": torch.ones(()), "conv.weight": state["conv.weight"]}}, "'model'"),
     *[(lambda state, kind=kind: {key: value.to(kind) for key, value in state.items()}, None) for kind in (torch.float16, torch.bfloat16, torch.float64)],
 ])
-def test_weights_are_found_in_files_of_all_kinds(net, tmp_path, wrap, note):
+def test_weights_are_found_in_files_of_all_kinds(net, tmp_path, monkeypatch, wrap, note):
+    monkeypatch.chdir(tmp_path)
     state = {key: torch.randn_like(value).half().bfloat16().float() for key, value in load_source(f"{net}:build").module.state_dict().items()}
     torch.save(wrap(state), tmp_path / "file.ckpt")
     source = load_source(f"{net}:build", weights=tmp_path / "file.ckpt")
@@ -219,6 +226,17 @@ def test_weights_are_found_in_files_of_all_kinds(net, tmp_path, wrap, note):
     for key, value in source.module.state_dict().items():
         torch.testing.assert_close(value, state[key], rtol=1e-3, atol=1e-4)
     assert (note in " ".join(source.notes)) if note else source.notes == []
+    assert not Path("file.ran").exists()
+
+
+class Runs:
+    """Writes a file when it is unpickled."""
+
+    def __init__(self, file):
+        self.file = file
+
+    def __reduce__(self):
+        return shutil.copy, (__file__, self.file)
 
 
 def renamed(state, prefix):
@@ -230,6 +248,8 @@ def renamed(state, prefix):
     (lambda state: state | {"conv.bias": (state["conv.bias"] + 1).double() * 1e300}, "not finite"),
     (lambda state: state | {"conv.weight": state["conv.weight"].to(torch.int8)}, "torch.int8"),
     (lambda state: {"model": torch.nn.Linear(2, 2)}, "state_dict()"),
+    (lambda state: torch.nn.Linear(2, 2), "state_dict()"),
+    (lambda state: collections.defaultdict(dict, model=state), "state_dict()"),
 ])
 def test_weights_that_cannot_be_used_are_one_line(net, tmp_path, change, words):
     torch.save(change(load_source(f"{net}:build").module.state_dict()), tmp_path / "file.pth")
