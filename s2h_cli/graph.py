@@ -505,11 +505,19 @@ class _Canonical:
         if _is_plain(node, op, args) and not in_place_on_view:
             target = resolve(FUNCTIONS[op])
         kwargs = dict(node.kwargs)
+        if op in ("conv1d", "conv2d", "conv3d") and isinstance(args[6], fx.Node):
+            return self.graph.call_function(target, (*fx.node.map_arg(tuple(args[:6]), self._value), self._groups(node, args)))
         if op in RECURRENT and not args[5]:
             return self.graph.call_function(target, fx.node.map_arg((*args[:6], True, *args[7:]), self._value))  # cuDNN trains no other
         if op == "scaled_dot_product_attention" and kwargs.get("scale") is None:
             kwargs["scale"] = args[0].meta["val"].shape[-1] ** -0.5  # it stays when the head dimension is cut
         return self.graph.call_function(target, fx.node.map_arg(node.args, self._value), fx.node.map_arg(kwargs, self._value))
+
+    def _groups(self, node: fx.Node, args: list) -> fx.Node:
+        """Groups of a convolution that grow with the batch, read off its operands: that holds for any number of channels."""
+        sizes = [self.graph.create_node("call_method", "size", (self._value(operand), 1), name=f"{node.name}_{of}")
+                 for operand, of in zip(args, ("channels", "in_group"))]
+        return self.graph.create_node("call_function", operator.floordiv, tuple(sizes), name=f"{node.name}_groups")
 
     def _reshape(self, node: fx.Node, op: str, args: list) -> fx.Node:
         """Static sizes as integers, the one that depends on the batch as -1, so that the batch stays free."""

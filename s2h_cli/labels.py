@@ -29,6 +29,15 @@ class Labels:
     _frozen: list[tuple[np.ndarray, str]] = field(default_factory=list)
     _composites: list[tuple[np.ndarray, list[np.ndarray]]] = field(default_factory=list)  # (labels, their parts)
 
+    def mark(self) -> tuple[int, ...]:
+        """How much is recorded now, for `take_back`."""
+        return self.count, len(self._joins), len(self._frozen), len(self._composites)
+
+    def take_back(self, mark: tuple[int, ...]) -> None:
+        """Forgets what was recorded since."""
+        self.count, joins, frozen, composites = mark
+        del self._joins[joins:], self._frozen[frozen:], self._composites[composites:]
+
     def fresh(self, n: int) -> np.ndarray:
         """`n` new labels."""
         self.count += n

@@ -18,6 +18,7 @@ from typing import Any, Callable, Iterator
 import numpy as np
 from torch import fx
 
+from . import rebuild
 from .cost import FORMULAS, CostModel, Count, Product
 from .errors import UserError
 from .graph import Param, Ref
@@ -98,17 +99,15 @@ class Space:
         self.dropped: tuple[Any, ...] = ()
         self.whole = self
         labelled = propagate(network, exclude, prune_head_dim)
+        self._calls = list(_counted(network, labelled))
         self._solved = labelled.labels.solve()
         self._written = list(dict.fromkeys(self._writes(network, labelled)))
-        self._calls = list(_counted(network, labelled))
         self._group(labelled, divisor)
-        while self._freeze_irregular(labelled):
+        while self._freeze_irregular(labelled) or self._freeze_misfit(network, labelled):
             self._group(labelled, divisor)
         if not self.groups:
             raise UserError("no channel of this model can be pruned: "
                             + "; ".join(f"{f.channels} channels: {f.reason}" for f in self._frozen(labelled)))
-        self.params = {name: [self._parts(dim) for dim in t.dims] for name, t in labelled.params.items()}
-        self.tensors = {name: [[self._parts(dim) for dim in t.dims] for t in ts] for name, ts in labelled.tensors.items()}
         self.reads = list(dict.fromkeys((use.operand.name, use.dim) for use in labelled.reads if isinstance(use.operand, Param)
                                         and self.params[use.operand.name][use.dim] is not None))
         computed = [use for use in labelled.reads if isinstance(use.operand, Ref)
@@ -280,6 +279,17 @@ class Space:
             self._solved = labelled.labels.solve()
         return found
 
+    def _freeze_misfit(self, network: fx.GraphModule, labelled: Labelled) -> bool:
+        """Freezes what enters and leaves a call that cannot be made smaller, or whose output then has another shape than planned;
+        whether there was one. The network is tried at its smallest widths, without values."""
+        self.params = {name: [self._parts(dim) for dim in t.dims] for name, t in labelled.params.items()}
+        self.tensors = {name: [[self._parts(dim) for dim in t.dims] for t in ts] for name, ts in labelled.tensors.items()}
+        node = rebuild.misfit(network, Plan.from_widths(self, self.least, np.zeros(self.size))) if self.groups else None
+        if node is not None:
+            labelled.freeze_call(node)
+            self._solved = labelled.labels.solve()
+        return node is not None
+
     def _regular(self, parts: np.ndarray) -> bool:
         """Whether the axis holds every combination of its groups' atoms equally often."""
         if parts.shape[1] == 1:  # single atoms: of one signature, so they occur equally often
@@ -401,14 +411,23 @@ def _counted(network: fx.GraphModule, labelled: Labelled) -> Iterator[tuple[Laye
         formula = FORMULAS.get(node.meta.get("op", ""))
         if formula is None:
             continue
-        args = fx.node.map_aggregate(node.meta["args"], lambda a: labelled.tensor(a) if isinstance(a, (Ref, Param)) else a)
-        out = labelled.tensors[node.name][0]
+        args, out = labelled.operands(node), labelled.tensors[node.name][0]
+        try:
+            products = formula(args, out)
+        except Exception:  # a call that the formula's author did not think of
+            labelled.freeze_call(node)
+            continue
         axis = 1 if node.meta["op"].startswith(("conv", "batch_norm", "group_norm", "instance", "adaptive", "upsample")) else -1
-        channels = [(t.shape[axis], t.dims[axis]) if isinstance(t, Tensor) else (0, None) for t in (args[0], out)]
         batch = network.meta["batch"]
+        channels = [_of_image(t.shape[axis], t.dims[axis], batch) if isinstance(t, Tensor) else (0, None) for t in (args[0], out)]
         # For one image: an axis that holds the batch (some models multiply over the batch, twice) counts for one.
         yield Layer(node.name, node.meta["layer"], node.meta["op"], *channels), [
-            (n / batch ** sum(size % batch == 0 for size, _ in axes), axes) for n, axes in formula(args, out)]
+            (n / batch ** sum(size % batch == 0 for size, _ in axes), axes) for n, axes in products]
+
+
+def _of_image(size: int, dim: Dim, batch: int) -> tuple[int, Dim]:
+    """An axis of a whole batch, or one that holds the channels of each of its images: that of one image."""
+    return (size // batch, dim if dim is None else dim[:size // batch]) if size % batch == 0 else (size, dim)
 
 
 def _live_atoms(solved: Solved, dim: Dim) -> np.ndarray:

@@ -9,14 +9,16 @@ from __future__ import annotations
 
 import copy
 import operator
-from typing import Any, Callable
+from typing import TYPE_CHECKING, Any, Callable
 
 import numpy as np
 import torch
 from torch import fx, nn
 
-from .graph import RESHAPES
-from .plan import Plan, Space
+from .graph import RESHAPES, tensors_of
+
+if TYPE_CHECKING:
+    from .plan import Plan, Space
 
 Indices = dict[str, list[torch.Tensor | None]]
 
@@ -58,20 +60,81 @@ def resize(small: fx.GraphModule, network: fx.GraphModule, plan: Plan, indices: 
     sizes = Sizes(plan)
     changed = False
     for node, full in zip(small.graph.nodes, network.graph.nodes, strict=True):
-        if node.op == "call_module":
-            module = small.get_submodule(node.target)
-            update = next((update for kinds, update in MODULES.items() if isinstance(module, kinds)), None)
-            if update:
-                update(module, full, sizes)
-        elif node.op == "call_function" and node.meta.get("op") in CALLS:
-            for position, value in CALLS[node.meta["op"]](full, sizes).items():
-                # Integers of the full graph's call, changed where they count channels; nodes stay this graph's own.
-                old = node.args[position]
-                new = value if not isinstance(value, list) else [o if isinstance(o, fx.Node) else v for o, v in zip(old, value)]
-                changed |= new != old
-                node.update_arg(position, new)
+        changed |= _resize_call(small, node, full, sizes)
     if changed:
         small.recompile()
+
+
+def _resize_call(small: fx.GraphModule, node: fx.Node, full: fx.Node, sizes: Sizes) -> bool:
+    """Makes one node, or its module, fit; whether the graph's code changed."""
+    if node.op == "call_module":
+        _resize_module(small.get_submodule(node.target), full, sizes)
+    args = node.args
+    for position, value in _resized(node, full, sizes).items():
+        node.update_arg(position, value)
+    return node.args != args
+
+
+def _resize_module(module: nn.Module, full: fx.Node, sizes: Sizes) -> None:
+    update = next((update for kinds, update in MODULES.items() if isinstance(module, kinds)), None)
+    if update and sizes.touch(full):
+        update(module, full, sizes)
+
+
+def _resized(node: fx.Node, full: fx.Node, sizes: Sizes) -> dict[int, Any]:
+    """Arguments of a call by position, where they count channels; what other nodes compute stays."""
+    if node.op != "call_function" or node.meta.get("op") not in CALLS or not sizes.touch(full):
+        return {}
+    return {position: value if not isinstance(value, list) else
+            [old if isinstance(old, fx.Node) else new for old, new in zip(node.args[position], value)]
+            for position, value in CALLS[node.meta["op"]](full, sizes).items()}
+
+
+def misfit(network: fx.GraphModule, plan: Plan) -> fx.Node | None:
+    """The first node of `network` whose call fails at the sizes of `plan`, or gives another shape than planned; None where all fit.
+    Tensors without values run through the functions of the graph, so that it costs little; layers are taken at their word."""
+    sizes, tensors = Sizes(plan), tensors_of(network)
+    run = fx.Interpreter(network)
+    for node in network.graph.nodes:
+        if node.op == "output":
+            return None
+        planned = _planned(plan, node)
+        try:
+            if node.op == "call_module":
+                _resize_module(copy.copy(network.get_submodule(node.target)), node, sizes)
+                made = run.env[node.args[0]].new_empty(planned)
+            elif node.op in ("placeholder", "get_attr"):
+                made = torch.empty(planned, device="meta", dtype=tensors[node.target].dtype if node.op == "get_attr" else None)
+            else:
+                args = list(node.args)
+                for position, value in _resized(node, node, sizes).items():
+                    args[position] = value
+                args, kwargs = fx.node.map_arg((tuple(args), node.kwargs), run.env.__getitem__)
+                args, kwargs = fx.node.map_aggregate((args, kwargs), lambda a: torch.device("meta") if isinstance(a, torch.device) else a)
+                made = getattr(run, node.op)(node.target, args, kwargs)
+        except Exception:
+            made = None
+        shapes = planned if isinstance(planned, list) else [planned]
+        values = made if isinstance(made, (list, tuple)) else [made]
+        if any(shape is not None and getattr(value, "shape", None) != shape for value, shape in zip(values, shapes)):
+            if sizes.touch(node):
+                return node
+            blank = [shape and torch.empty(shape, device="meta") for shape in shapes]  # of an operator that runs with values alone
+            made = blank if isinstance(planned, list) else blank[0]
+        run.env[node] = made
+    return None
+
+
+def _planned(plan: Plan, node: fx.Node) -> Any:
+    """`node.meta["shape"]` under a plan."""
+    def left(dims: list[np.ndarray | None], shape: tuple[int, ...] | None) -> torch.Size | None:
+        return None if shape is None else torch.Size(plan.count(parts, size) for parts, size in zip(dims, shape, strict=True))
+
+    shape = node.meta.get("shape")
+    if shape is None:
+        return None
+    dims = plan.space.tensors[node.name]
+    return list(map(left, dims, shape)) if isinstance(shape, list) else left(dims[0], shape)
 
 
 def rebuild(network: fx.GraphModule, plan: Plan) -> fx.GraphModule:
@@ -127,6 +190,11 @@ class Sizes:
         """Where a bound among a node's indices along an axis comes to lie."""
         parts = self._parts(node, axis)
         return position if parts is None else int(self.plan.kept(parts)[:position].sum())
+
+    def touch(self, node: fx.Node) -> bool:
+        """Whether something that enters or leaves a node can be cut."""
+        tensors = (self.plan.space.tensors.get(n.meta.get("gated", n.name), []) for n in (node, *node.all_input_nodes))
+        return any(parts is not None for outputs in tensors for dims in outputs for parts in dims)
 
     def is_cut(self, node: fx.Node, axis: int) -> bool:
         return self._parts(node, axis) is not None
@@ -189,7 +257,9 @@ def _layer_norm_call(node: fx.Node, sizes: Sizes) -> dict[int, Any]:
 
 
 def _conv_call(node: fx.Node, sizes: Sizes) -> dict[int, Any]:
-    return {6: sizes.count(node.args[0], 1) // sizes.count(node.args[1], 1)} if len(node.args) > 6 else {}
+    if len(node.args) <= 6 or isinstance(node.args[6], fx.Node):  # one group, or computed from the operands
+        return {}
+    return {6: sizes.count(node.args[0], 1) // sizes.count(node.args[1], 1)}
 
 
 CALLS: dict[str, Callable[[fx.Node, Sizes], dict[int, Any]]] = {

@@ -20,6 +20,10 @@ from .graph import RECURRENT, RESHAPES, Param, Ref, tensors_of
 from .labels import FIXED, Dim, Labels
 
 
+class NoRule(Exception):
+    """The rules do not cover a call. What enters it stays whole."""
+
+
 class Tensor(NamedTuple):
     """A labelled tensor: its shape, for each dimension its labels or None, where it comes from, and whether it is a weight:
     a parameter, or computed from parameters alone (a standardised weight), so that it is the same for all images."""
@@ -50,6 +54,7 @@ class Call:
     node: str
     reads: list[Use]
     writes: list[Use]
+    batch: int
     prune_head_dim: bool = False
 
     @property
@@ -63,7 +68,8 @@ class Call:
 
 class Labelled(NamedTuple):
     """A network with labels on everything. `tensors[node]` lists a node's outputs; `reads` and `writes` list where labelled
-    dimensions are contracted and made."""
+    dimensions are contracted and made. `unknown` lists the operators, each with its nodes, at which channels were frozen because
+    no rule covers the call."""
 
     labels: Labels
     tensors: dict[str, list[Tensor]]
@@ -71,6 +77,20 @@ class Labelled(NamedTuple):
     reads: list[Use]
     writes: list[Use]
     unknown: dict[str, list[str]]
+
+    def operands(self, node: fx.Node) -> tuple:
+        """The arguments of a node's call, with `Tensor`s in place of tensors and None for numbers that the graph computes."""
+        def labelled(value: Any) -> Any:
+            return self.tensor(value) if isinstance(value, Param) or isinstance(value, Ref) and value.name in self.tensors else None
+
+        return fx.node.map_aggregate(node.meta["args"], lambda a: labelled(a) if isinstance(a, (Ref, Param)) else a)
+
+    def freeze_call(self, node: fx.Node) -> None:
+        """Freezes what enters and leaves the call of a node, and names its operator in `unknown`."""
+        for tensor in (*_tensors(self.operands(node)), *self.tensors[node.name]):
+            for dim in tensor.dims:
+                self.labels.freeze(dim, no_rule_for(node.meta["op"]))
+        self.unknown.setdefault(node.meta["op"], []).append(node.name)
 
     def tensor(self, reference: Ref | Param) -> Tensor:
         """The labelled tensor that an argument of a node stands for."""
@@ -123,14 +143,15 @@ def propagate(network: fx.GraphModule, exclude: tuple[str, ...] = (), prune_head
             outputs = list(shape) if isinstance(shape, list) else [shape]
             args = fx.node.map_aggregate(args, labelled)
             call = Call(node.meta["op"], args, outputs, labels, node.name, out.reads, out.writes,
-                        prune_head_dim)
-            rule = RULES.get(call.op, no_rule)
-            if rule is no_rule and any(dim is not None for t in _tensors(args) for dim in t.dims):
-                out.unknown.setdefault(call.op, []).append(node.name)
-            dims = rule(call)
-            results = dims if isinstance(dims, list) else [dims]
+                        network.meta["batch"], prune_head_dim)
+            results = _labels_of(call, out.unknown)
+            if any(source.meta.get("shape") is None for source in node.all_input_nodes) and not call.op.startswith("conv"):
+                # Sizes that are computed from the batch, as batch * 32: the 32 may count channels.
+                for axis, dim in ((i, d) for shape, dims in zip(outputs, results) for i, d in zip(shape or (), dims)):
+                    if axis % call.batch == 0:
+                        labels.freeze(dim, "its size is computed from the number of images")
             weight = node not in of_images
-            tensors[node.name] = [Tensor(s, tuple(d), Ref(node.name), weight) for s, d in zip(outputs, results, strict=True)]
+            tensors[node.name] = [Tensor(s, tuple(d), Ref(node.name), weight) for s, d in zip(outputs, results)]
 
     for glob in exclude:
         matched = [name for name in params if fnmatch.fnmatchcase(name.rpartition(".")[0], glob) or fnmatch.fnmatchcase(name, glob)]
@@ -142,16 +163,39 @@ def propagate(network: fx.GraphModule, exclude: tuple[str, ...] = (), prune_head
     return out
 
 
+def _labels_of(call: Call, unknown: dict[str, list[str]]) -> list[tuple[Dim, ...]]:
+    """The dims of each output, by the operator's rule. Where there is no rule, or it fails on this call, whatever it recorded is
+    taken back, what enters the call is frozen, and the operator is named in `unknown`."""
+    before, reads, writes = call.labels.mark(), len(call.reads), len(call.writes)
+    try:
+        dims = RULES[call.op](call)
+        results = dims if isinstance(dims, list) else [dims]
+        if all(_fits(d, shape) for d, shape in zip(results, call.outputs, strict=True)):
+            return results
+    except Exception:  # a call that the rule's author did not think of: KeyError, IndexError, ...
+        pass
+    call.labels.take_back(before)
+    del call.reads[reads:], call.writes[writes:]
+    labelled = [dim for tensor in _tensors(call.args) for dim in tensor.dims if dim is not None]
+    for dim in labelled:
+        call.labels.freeze(dim, no_rule_for(call.op))
+    if labelled:
+        unknown.setdefault(call.op, []).append(call.node)
+    return [(None,) * len(shape or ()) for shape in call.outputs]
+
+
+def _fits(dims: tuple[Dim, ...], shape: tuple[int, ...] | None) -> bool:
+    """Whether there is a label for each index of a tensor of this shape."""
+    return len(dims) == len(shape or ()) and all(dim is None or len(dim) == size for dim, size in zip(dims, shape or ()))
+
+
+def no_rule_for(op: str) -> str:
+    """The reason that is given where no rule covers a call of an operator."""
+    return f"no rule for operator {op}"
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Rules. Each takes a Call and returns the dims of its output (a tuple), or a list of tuples for several outputs.
-
-
-def no_rule(call: Call) -> list[tuple[Dim, ...]]:
-    """An operator nobody described: whatever enters it stays whole."""
-    for tensor in _tensors(call.args):
-        for dim in tensor.dims:
-            call.labels.freeze(dim, f"no rule for operator {call.op}")
-    return [(None,) * len(shape or ()) for shape in call.outputs]
 
 
 def constant(call: Call) -> tuple[Dim, ...]:
@@ -185,15 +229,18 @@ def spatial(call: Call) -> tuple[Dim, ...]:
 
 def conv(call: Call) -> tuple[Dim, ...]:
     """Reads dim 1 of the weight, writes dim 0."""
-    x, weight, bias, *_, groups = call.args
+    x, weight, bias = call.args[:3]
     channels, rows, columns = x.dims[1], weight.dims[0], weight.dims[1]
     for dim in (*x.dims[2:], *weight.dims[2:]):
         call.labels.freeze(dim, "spatial positions of a convolution")
     per_group = weight.shape[1]
+    groups = x.shape[1] // per_group
+    # A network with a kernel for each image folds the batch into the groups; what matters is how many groups one image has.
+    of_image = groups // call.batch if groups % call.batch == 0 else groups
     if groups == 1:
         call.labels.join(channels, columns, "input of a layer that cannot be cut")
         _read(call, weight, 1)
-    elif groups >= per_group:  # whole groups are the unit (depthwise: groups of one channel)
+    elif of_image >= per_group:  # whole groups are the unit (depthwise: groups of one channel)
         call.labels.freeze(columns, "inside one group of a grouped convolution")
         unit = _tie(call, channels, (groups, per_group), axis=1)
         rows_unit = _tie(call, rows, (groups, -1), axis=1)
@@ -229,8 +276,7 @@ def transposed_conv(call: Call) -> tuple[Dim, ...]:
 
 def linear(call: Call) -> tuple[Dim, ...]:
     x, weight, bias = call.args
-    call.labels.join(x.dims[-1], weight.dims[1], "input of a layer that cannot be cut")
-    _read(call, weight, 1)
+    _contracted(call, x.dims[-1], weight.dims[1], weight, 1)
     _write(call, weight, 0)
     if bias is not None:
         call.labels.join(weight.dims[0], bias.dims[0])
@@ -258,7 +304,7 @@ def einsum(call: Call) -> tuple[Dim, ...]:
     inputs, _, output = equation.replace(" ", "").partition("->")
     letters = inputs.split(",")
     if len(operands) != 2 or "." in equation or "->" not in equation or any(len(set(x)) < len(x) for x in letters):
-        return no_rule(call)[0]
+        raise NoRule
     return _contract(call, *operands, *map(list, letters), list(output))
 
 
@@ -291,7 +337,7 @@ def _contracted(call: Call, a: Dim, b: Dim, operand: Tensor, axis: int) -> None:
     attention, so these stay unless asked for."""
     if operand.weight or call.prune_head_dim:
         call.labels.join(a, b, "input of a layer that cannot be cut")
-        call.reads.append(Use(operand.source, axis, call.node))
+        _read(call, operand, axis)
     else:
         for dim in (a, b):
             call.labels.freeze(dim, HEAD_DIM)
@@ -339,7 +385,8 @@ def rms_norm(call: Call) -> tuple[Dim, ...]:
 def weight_norm(call: Call) -> tuple[Dim, ...]:
     """A direction v, each of whose slices along one axis is given the length g."""
     v, g, axis = call.args
-    call.labels.join(v.dims[axis], g.dims[axis])
+    if g.shape:  # else it is the length of the whole direction
+        call.labels.join(v.dims[axis], g.dims[axis])
     return v.dims
 
 
@@ -460,7 +507,7 @@ def repeat(call: Call) -> tuple[Dim, ...]:
 def repeat_interleave(call: Call) -> tuple[Dim, ...]:
     x, times, axis = call.args[:3]
     if type(times) is not int or axis is None:
-        return no_rule(call)[0]
+        raise NoRule
     return tuple(np.repeat(dim, times) if i == axis % len(x.shape) and dim is not None else dim for i, dim in enumerate(x.dims))
 
 
@@ -572,7 +619,7 @@ def index(call: Call) -> tuple[Dim, ...]:
     rest = [dim for i, dim in enumerate(x.dims) if i not in used]
     front = used[0] if used and used == list(range(used[0], used[-1] + 1)) else 0
     out = (*rest[:front], *(None,) * rank, *rest[front:])
-    return out if len(out) == len(call.shape) else no_rule(call)[0]  # a mask takes several axes
+    return out  # of another rank where a mask takes several axes: that is no rule
 
 
 def index_select(call: Call) -> tuple[Dim, ...]:
@@ -646,11 +693,8 @@ def _tensors(value: Any) -> Iterator[Tensor]:
 
 
 def _read(call: Call, operand: Tensor, dim: int) -> None:
-    """Records that an operand contracts a labelled dimension. A weight that depends on the image is not cut."""
-    if operand.weight:
-        call.reads.append(Use(operand.source, dim, call.node))
-    else:
-        call.labels.freeze(operand.dims[dim], "read by a weight that depends on the image")
+    """Records that an operand contracts a labelled dimension."""
+    call.reads.append(Use(operand.source, dim, call.node))
 
 
 def _write(call: Call, operand: Tensor, dim: int) -> None:

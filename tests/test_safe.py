@@ -101,13 +101,20 @@ middle("mean_over_channels", lambda n, x: n.c(n.b(x) * n.b(x).mean(1)[:, None]),
 middle("max_over_channels", lambda n, x: n.c(n.b(x) * n.b(x).max(1, keepdim=True)[0]), "max over channels")
 middle("mean_over_all", lambda n, x: n.c(n.b(x) - n.b(x).mean()), "mean over channels")
 middle("index", lambda n, x: n.c(n.b(x)[:, [3, 1, 2, 0, *range(4, 16)]]), "index")
-middle("einsum_of_three", lambda n, x: n.c(torch.einsum("bchw,c,c->bchw", n.b(x), n.s, n.s)), "no rule for operator einsum",
-       s=lambda: nn.Parameter(torch.randn(16)))
+middle("linear_between_activations", lambda n, x: n.c(x * F.linear(n.b(x).flatten(2).transpose(1, 2), n.c(x).mean((0, 3)).t()).mean((1, 2))[:, None, None, None]),
+       "head dimension")
 middle("einsum_of_activations", lambda n, x: n.e(torch.einsum("bchw,bcij->bhwij", n.b(x), n.c(x)).flatten(3)), "head dimension",
        e=lambda: conv(8, 16))
 middle("sorted_channels", lambda n, x: n.c(n.b(x).sort(1)[0]), "no rule for operator sort")
-middle("weight_from_the_image", lambda n, x: n.e(F.conv2d(n.b(x), n.c.weight * n.u(x).amax())),
-       "read by a weight that depends on the image", e=lambda: conv(16, 16), u=lambda: conv(16, 8))
+middle("weight_from_the_images", lambda n, x: n.e(F.conv2d(n.b(x), n.c.weight * n.u(x).amax())),
+       "amax over channels", {16}, e=lambda: conv(16, 16), u=lambda: conv(16, 8))
+middle("depthwise_kernel_of_each_image", lambda n, x: n.c(batched(n.b(x), n.l(x.mean((2, 3))), 16)), free={16}, l=lambda: nn.Linear(16, 16 * 9))
+middle("kernel_of_each_image", lambda n, x: n.e(batched(n.b(x), n.l(x.mean((2, 3))), 1)), free={16, 8}, l=lambda: nn.Linear(16, 8 * 16 * 9),
+       e=lambda: conv(8, 16))
+middle("grouped_kernel_of_each_image", lambda n, x: n.e(batched(n.b(x), n.l(x.mean((2, 3))), 2)), free={8, 4}, l=lambda: nn.Linear(16, 8 * 8 * 9),
+       e=lambda: conv(8, 16))
+middle("mixed_kernels", lambda n, x: n.e(batched(n.b(x), n.l(x.mean((2, 3))).softmax(1) @ n.k, 1)), free={8}, l=lambda: nn.Linear(16, 3),
+       k=lambda: nn.Parameter(torch.randn(3, 8 * 16 * 9)), e=lambda: conv(8, 16))
 middle("strided_slice", lambda n, x: n.e(n.b(x)[:, ::2]), "strided slice of channels", e=lambda: conv(8, 16))
 middle("cumsum", lambda n, x: n.c(n.b(x).cumsum(1)), "cumsum over channels")
 middle("constant_added", lambda n, x: n.c(n.b(x) + torch.arange(16.).view(16, 1, 1)), "cannot be cut")
@@ -127,6 +134,13 @@ middle("sum_with_dtype", lambda n, x: n.l(x) / n.l(x).abs().sum(dtype=torch.floa
 middle("pool_of_three_axes", lambda n, x: F.max_pool2d(n.b(x).flatten(2), 3, 1, 1)[..., None], "max_pool2d over channels")
 middle("norm_by_batch_over_tokens", lambda n, x: F.batch_norm(n.l(x), None, None, training=True), base=Tokens,
        l=lambda: nn.Linear(16, 16))
+
+
+def batched(y, kernels, groups):
+    """A convolution with kernels (N, ...) of each image, which are made one with the batch in the groups."""
+    n, c, h, w = y.shape
+    y = F.conv2d(y.reshape(1, n * c, h, w), kernels.reshape(-1, c // groups, 3, 3), padding=1, groups=n * groups)
+    return y.reshape(n, -1, h, w)
 
 
 def zero_some(y):
