@@ -13,16 +13,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from safetensors.torch import save as save_bytes
 from torch import fx
 
-from . import __version__
+from . import __version__, schema
 from .errors import UserError, why
-from .files import writing
+from .files import check_regular, writing
 from .graph import tensors_of
 from .network_json import PLAN, WEIGHTS, network_from_json, network_to_json
+from .sizes import check_sizes
 
 
 def save(folder: str | os.PathLike, small: fx.GraphModule, plan_json: dict) -> None:
@@ -70,22 +70,24 @@ def read_plan(path: str | os.PathLike) -> dict[str, Any]:
     for name in (PLAN, WEIGHTS):
         if not (folder / name).is_file():
             raise UserError(f"{folder}: no {name} in it; give " + (f"one of its results: {', '.join(parts)}" if parts else "the folder of a finished run"))
-    try:
-        plan = json.loads((folder / PLAN).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"{folder / PLAN}: cannot be read: {why(error)}") from error
-    except ValueError as error:
-        raise UserError(f"{folder / PLAN}: not JSON: {why(error)}") from error
+    plan = schema.read_json(folder / PLAN)
     if not isinstance(plan, dict) or not isinstance(plan.get("network"), dict):
         raise UserError(f"{folder / PLAN}: it holds no network; give the folder of a finished run")
+    plan = schema.check(schema.Plan, plan, str(folder / PLAN))
+    data, sizes = plan.get("data"), [plan["network"]["meta"]["input_size"], plan.get("input_size"), plan.get("data", {}).get("input_size")]
+    if any(size not in (None, sizes[0]) for size in sizes):
+        schema.refuse(str(folder / PLAN), ("input_size",), f"the sizes {', '.join(map(str, sizes))} differ")
+    if data and not len(data["mean"]) == len(data["std"]) == sizes[0][0]:
+        schema.refuse(str(folder / PLAN), ("data", "mean"), "mean and std need an entry for each channel of the input")
     return plan
 
 
-def load(path: str | os.PathLike) -> fx.GraphModule:
+def load(path: str | os.PathLike, trust: bool = False) -> fx.GraphModule:
     """Loads the small network of a run folder, in eval mode. Reads `plan.json` and `model.safetensors`, nothing else.
 
     Args:
         path: the folder.
+        trust: take operators that s2h does not know as harmless. What a library that you imported does, such a file can make it do.
 
     Returns:
         A module that takes images (N, C, H, W) and returns logits (N, classes).
@@ -94,12 +96,15 @@ def load(path: str | os.PathLike) -> fx.GraphModule:
         UserError: the folder or a file is missing, broken, or the two do not belong together.
     """
     folder, plan = Path(path), read_plan(path)
+    check_regular(folder / WEIGHTS)
     try:
         # Copies: memory mapped from a file is aligned differently, and then kernels round differently.
         state_dict = {name: tensor.clone() for name, tensor in load_file(folder / WEIGHTS).items()}
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{folder / WEIGHTS}: cannot be read: {why(error)}") from error
+    except Exception as error:  # a damaged file makes the reader raise whatever it likes
+        raise UserError(f"{folder / WEIGHTS}: cannot be read: {schema.shown(why(error))}; it may be damaged") from error
     try:
-        return network_from_json(plan["network"], state_dict)
+        network = network_from_json(plan["network"], state_dict, trust)
+        check_sizes(network, len(plan["data"]["classes"]) if "data" in plan else None)
     except UserError as error:
         raise UserError(f"{folder}: {error}") from error
+    return network

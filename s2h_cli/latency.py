@@ -151,7 +151,7 @@ class Subject:
 def _subject(name: str, input_size: tuple[int, int, int], network: tuple[dict, dict[str, torch.Tensor]] | None, files: dict[str, Path],
              batch: int | None) -> Subject:
     """The inverse of `Subject.__reduce__`."""
-    return Subject(name, input_size, network and network_from_json(*network), files, batch)
+    return Subject(name, input_size, network and network_from_json(*network, trust=True), files, batch)  # of this process's own making
 
 
 def _copy_on(network: fx.GraphModule, device: torch.device) -> fx.GraphModule:

@@ -1,6 +1,6 @@
 """The network as data: a canonical graph as JSON, and back, without timm, without the user's model file and without pickle.
 
-What the data may name is on the lists here and in `graph.FUNCTIONS`; anything else is refused.
+What the data may name is on the lists here, in `operators` and in `graph.FUNCTIONS`; anything else is refused.
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ from torch import fx, nn
 
 from .errors import UserError, why
 from .graph import FUNCTIONS, resolve, tensors_of
+from .operators import FILLED, OPERATORS
+from .schema import INT64, Network, check, shown
 
 #: The files that hold a network: its tensors, and the data.
 WEIGHTS, PLAN = "model.safetensors", "plan.json"
@@ -40,6 +42,15 @@ _NAMES = (*FUNCTIONS.values(), *(f"operator.{name}" for name in ("floordiv", "mo
 CALLABLES: dict[str, Callable] = {name: resolve(name) for name in _NAMES}
 METHODS = ("size", "expand", "contiguous")
 _NAME_OF = {function: name for name, function in CALLABLES.items()}
+_ATEN = "torch.ops.aten."
+#: Types of numbers, the one layout and the memory formats that an argument may name.
+CONSTANTS = ("float32", "float64", "float16", "bfloat16", "int8", "int16", "int32", "int64", "uint8", "bool", "complex64", "complex128", "strided",
+             "contiguous_format", "preserve_format", "channels_last", "channels_last_3d")
+#: Types of tensors that no layer owns.
+TENSOR_TYPES = (torch.float32, torch.float64, torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool, torch.complex64, torch.complex128,
+                torch.float16, torch.bfloat16)
+#: Operators of libraries that code of this process imported: of a model that the command line named (see `accept`).
+_accepted: set[str] = set()
 #: One part of a dotted name. `torch.fx` writes these into source code.
 _PART = re.compile(r"[\w \-+:/@()\[\]]+")
 
@@ -54,30 +65,41 @@ def _layer_class(name: str) -> type[nn.Module]:
     return getattr(nn, name)
 
 
-def _function(name: str) -> Callable:
-    """The function behind a name in a file: one of `CALLABLES`, or `torch.ops.<namespace>.<operator>.<overload>`."""
+def _function(name: str, trust: bool) -> Callable:
+    """The function behind a name in a file: one of `CALLABLES`, or an operator of ATen on the list in `operators`. With `trust` any operator."""
     if name in CALLABLES:
         return CALLABLES[name]
+    name = _ATEN + FILLED.get(name.removeprefix(_ATEN), name.removeprefix(_ATEN)) if name.startswith(_ATEN) else name
+    if not (trust or name in _accepted or name.startswith(_ATEN) and name.removeprefix(_ATEN) in OPERATORS):
+        raise UserError(f"{PLAN} names the function {shown(name)!r}, which s2h does not know as one that only computes; if you know who made it, import what it "
+                        "needs and call s2h_cli.load(FOLDER, trust=True)")
     found: Any = None
     if re.fullmatch(r"torch\.ops\.\w+\.\w+\.\w+", name):
         found = torch.ops
         for part in name.split(".")[2:]:
             found = getattr(found, part, None)
-    if not isinstance(found, torch._ops.OpOverload) or _touches_files(found):
-        raise UserError(f"{PLAN} names the function {name!r}, which s2h does not know; it may be damaged or from another version, "
-                        "or need an operator library that is not imported")
+    if not isinstance(found, torch._ops.OpOverload):
+        raise UserError(f"{PLAN} names the function {shown(name)!r}, which s2h does not know here; it may be damaged, from another version, or need an operator "
+                        "library that is not imported")
     return found
 
 
-def _touches_files(op: torch._ops.OpOverload) -> bool:
-    """Whether an operator reads or writes something outside memory; such operators take its name."""
-    return any(argument.name.endswith(("name", "path", "file")) for argument in op._schema.arguments)
+def foreign(network: fx.GraphModule) -> list[str]:
+    """The operators of a network that a file of a stranger may not name."""
+    names = dict.fromkeys(_function_name(node) for node in network.graph.nodes if isinstance(node.target, torch._ops.OpOverload))
+    return [name for name in names if name.removeprefix(_ATEN) not in OPERATORS]
+
+
+def accept(names: list[str]) -> None:
+    """Takes operators for good in this process: those of a model that the user named."""
+    _accepted.update(names)
 
 
 def _function_name(node: fx.Node) -> str:
     if isinstance(node.target, torch._ops.OpOverload):
         namespace, operator_name = node.target._schema.name.split("::")
-        return f"torch.ops.{namespace}.{operator_name}.{node.target._overloadname}"
+        name = f"{operator_name}.{node.target._overloadname}"
+        return f"torch.ops.{namespace}.{FILLED.get(name, name) if namespace == 'aten' else name}"
     if node.target not in _NAME_OF:
         raise UserError(f"the network calls {node.target!r} ({node.name}), which {PLAN} cannot hold")
     return _NAME_OF[node.target]
@@ -111,16 +133,27 @@ def _decode(value: Any, nodes: dict[str, fx.Node]) -> Any:
     if isinstance(value, list):
         return [_decode(v, nodes) for v in value]
     if not isinstance(value, dict):
-        return value
+        return _whole(value) if isinstance(value, int) else value
     ((kind, content),) = value.items()
     return _KINDS[kind](content, nodes)
 
 
 def _torch_constant(name: str, nodes: dict[str, fx.Node]) -> Any:
-    constant = getattr(torch, name)
-    if not isinstance(constant, (torch.dtype, torch.layout, torch.memory_format)):
-        raise ValueError(f"torch.{name} is no dtype, layout or memory format")
-    return constant
+    if name not in CONSTANTS:
+        raise ValueError(f"torch.{shown(str(name))} is no dtype, layout or memory format that a network here has")
+    return getattr(torch, name)
+
+
+def _cpu(name: str) -> torch.device:
+    if name != "cpu":
+        raise ValueError(f"the device {shown(str(name))}, where a file has its tensors on the CPU")
+    return torch.device(name)
+
+
+def _whole(value: int) -> int:
+    if abs(value) > INT64:
+        raise ValueError("a whole number of more than 64 bits")
+    return value
 
 
 _KINDS: dict[str, Callable[[Any, dict[str, fx.Node]], Any]] = {
@@ -129,7 +162,7 @@ _KINDS: dict[str, Callable[[Any, dict[str, fx.Node]], Any]] = {
     "tuple": lambda content, nodes: tuple(_decode(content, nodes)),
     "slice": lambda content, nodes: slice(*_decode(content, nodes)),
     "torch": _torch_constant,
-    "device": lambda content, nodes: torch.device(content),
+    "device": lambda content, nodes: _cpu(content),
 }
 
 
@@ -182,20 +215,27 @@ def _node_to_json(node: fx.Node) -> dict:
         "name": node.name,
         "target": _function_name(node) if node.op == "call_function" else node.target,
         "args": [_encode(arg) for arg in node.args],
-        "kwargs": {key: _encode(value) for key, value in node.kwargs.items()},
+        "kwargs": {key: _encode(value) for key, value in node.kwargs.items() if not (key == "memory_format" and _is_filled(node))},
     }
 
 
-def network_from_json(data: dict, state_dict: dict[str, torch.Tensor]) -> fx.GraphModule:
+def _is_filled(node: fx.Node) -> bool:
+    """Whether a node makes memory that nobody wrote to; zeros, which stand for it in a file, take no memory format."""
+    return isinstance(node.target, torch._ops.OpOverload) and str(node.target).removeprefix("aten.") in FILLED
+
+
+def network_from_json(data: dict, state_dict: dict[str, torch.Tensor], trust: bool = False) -> fx.GraphModule:
     """The inverse of `network_to_json`, in eval mode.
 
     Args:
         data: what `network_to_json` returned, possibly by way of a file that nobody vouches for.
         state_dict: a tensor for each name that `tensors_of` gives. The network uses these very tensors, without a copy.
+        trust: take operators that are on no list, as of a library that the caller imported.
 
     Raises:
         UserError: the data are damaged or name what is on no list, or the tensors do not belong to them.
     """
+    data = check(Network, data, f"{PLAN} does not describe a network")
     try:
         root = nn.Module()
         for path, entry in data["modules"].items():
@@ -203,7 +243,7 @@ def network_from_json(data: dict, state_dict: dict[str, torch.Tensor]) -> fx.Gra
         _set_tensors(root, data["tensors"], state_dict)
         graph, nodes = fx.Graph(), {}
         for entry in data["nodes"]:
-            nodes[entry["name"]] = _node_from_json(graph, entry, nodes, data)
+            nodes[entry["name"]] = _node_from_json(graph, entry, nodes, data, trust)
         graph.lint()
         network = fx.GraphModule(root, graph, _identifier(data["class"]))
         _set_tensors(network, data["tensors"], state_dict)  # again: older torch makes the root's buffers persistent
@@ -239,7 +279,11 @@ def _set_tensors(root: nn.Module, entries: dict, state_dict: dict[str, torch.Ten
         path, _, leaf = name.rpartition(".")
         owner = root.get_submodule(path)
         tensor = state_dict[name]
-        expected = getattr(owner, leaf, tensor)
+        expected = getattr(owner, leaf, None)
+        if expected is None and hasattr(owner, leaf):
+            raise ValueError(f"{name} is a tensor that its layer does not have")
+        _check_values(name, tensor, entry["kind"], expected)
+        expected = tensor if expected is None else expected
         if expected.shape != tensor.shape:
             raise UserError(f"{WEIGHTS} does not match {PLAN}: {name} has shape {tuple(tensor.shape)}, not {tuple(expected.shape)}")
         if "same_as" in entry:
@@ -252,10 +296,22 @@ def _set_tensors(root: nn.Module, entries: dict, state_dict: dict[str, torch.Ten
             owner.register_buffer(_part(leaf), made[name], persistent=entry["persistent"])
 
 
-def _node_from_json(graph: fx.Graph, entry: dict, nodes: dict[str, fx.Node], data: dict) -> fx.Node:
+def _check_values(name: str, tensor: torch.Tensor, kind: str, expected: torch.Tensor | None) -> None:
+    """Raises UserError for a tensor of another type than its layer has, or with values that no network has. Infinity is left to masks."""
+    types = (expected.dtype,) if expected is not None else (torch.float32, torch.complex64) if kind == "parameter" else TENSOR_TYPES
+    if tensor.dtype not in types:
+        raise UserError(f"{WEIGHTS}: {name} is of {tensor.dtype}, not of {' or '.join(map(str, types))}; it may be damaged, or was converted: export with "
+                        "--fp16 or --int8 instead")
+    if not (tensor.is_floating_point() or tensor.is_complex()):
+        return
+    if tensor.isnan().any() or (kind == "parameter" or expected is not None) and not tensor.isfinite().all():
+        raise UserError(f"{WEIGHTS}: {name} holds values that are not finite; it is damaged, or its training went wrong")
+
+
+def _node_from_json(graph: fx.Graph, entry: dict, nodes: dict[str, fx.Node], data: dict, trust: bool) -> fx.Node:
     op, target = entry["op"], entry["target"]
     if op == "call_function":
-        target = _function(target)
+        target = _function(target, trust)
     elif op == "call_method":
         if target not in METHODS:
             raise UserError(f"{PLAN} names the tensor method {target!r}, which s2h does not know; it may be damaged")
@@ -267,7 +323,8 @@ def _node_from_json(graph: fx.Graph, entry: dict, nodes: dict[str, fx.Node], dat
     else:
         raise ValueError(f"node of kind {op!r}")
     args = tuple(_decode(arg, nodes) for arg in entry["args"])
-    kwargs = {_identifier(key): _decode(value, nodes) for key, value in entry["kwargs"].items()}
+    filled = entry["target"] in {_ATEN + name for name in FILLED}  # of an older version
+    kwargs = {_identifier(key): _decode(value, nodes) for key, value in entry["kwargs"].items() if not (filled and key == "memory_format")}
     return graph.create_node(op, target, args, kwargs, _identifier(entry["name"]))
 
 
