@@ -9,7 +9,8 @@ from typing import Any, Callable
 import torch
 from torch import fx, nn
 
-from . import artifacts, exports, fresh, hub, latency, lookup
+from . import artifacts, computed, exports, fresh, hub, latency, lookup, schema
+from .config import runs_code
 from .device import pick_device
 from .errors import UserError
 from .files import writing
@@ -33,7 +34,7 @@ def bench(items: list[str], *, formats: list[str], batches: list[int], img_size:
     of a run is kept in its folder.
 
     Returns:
-        {place, rows, pairs, not_kept}, as plain data: not_kept are lines on folders that cannot be written to; each pair is
+        {place, rows, pairs, not_kept, notes}, as plain data: not_kept are lines on folders that cannot be written to, notes on what was not timed; each pair is
         {before, after, macs, kinds, reasons}: names of networks, the share of the MACs, the seconds that a batch of the largest size that was timed spends in each kind of operator (`latency.by_kind`) before and after, and sentences.
 
     Raises:
@@ -45,9 +46,10 @@ def bench(items: list[str], *, formats: list[str], batches: list[int], img_size:
     if lacks := [name for name in formats if name not in latency.installed()]:
         raise UserError(f"--format {lacks[0]} needs a package that is not installed: pip install {lacks[0]}")
     where, threads = pick_device(device), threads or torch.get_num_threads()
-    subjects, pairs = {}, []
+    subjects, pairs, notes = {}, [], []
     for item in items:
-        found = subjects_of(item, img_size, trust)
+        found, said = subjects_of(item, img_size, trust)
+        notes += said
         subjects |= {subject.name: subject for subject in found}
         if len(found) == 2:
             pairs.append({"before": found[0].name, "after": found[1].name, "macs": artifacts.read_plan(hub.local(item))["macs"]["ratio"]})
@@ -61,7 +63,7 @@ def bench(items: list[str], *, formats: list[str], batches: list[int], img_size:
         before, after = (latency.by_kind(subject.network, batch, where, threads) for subject in both)
         pair["kinds"] = {kind: [before.get(kind, 0.0), after.get(kind, 0.0)] for kind in latency.KINDS if kind in before | after}
         pair["reasons"] = reasons(pair, rows, both[1].network)
-    found = {"place": latency.describe(where, threads), "rows": rows, "pairs": pairs, "not_kept": []}
+    found = {"place": latency.describe(where, threads), "rows": rows, "pairs": pairs, "not_kept": [], "notes": notes}
     for pair in pairs:
         own = [row for row in rows if row["network"] in (pair["before"], pair["after"])]
         try:
@@ -94,25 +96,27 @@ def keep(folder: Path, found: dict[str, Any]) -> None:
 def read(folder: Path) -> dict[str, Any] | None:
     """The figures that `keep` wrote last, if any."""
     path = folder / FILE
-    return json.loads(path.read_text()) if path.exists() else None
+    return schema.check(schema.Bench, schema.read_json(path), str(path)) if path.exists() else None
 
 
-def subjects_of(item: str, img_size: int | None, trust: bool = False) -> list[latency.Subject]:
-    """What `s2h bench` times of an item: of a run folder what it was cut from, and the result."""
+def subjects_of(item: str, img_size: int | None, trust: bool = False) -> tuple[list[latency.Subject], list[str]]:
+    """What `s2h bench` times of an item: of a run folder what it was cut from, and the result. And notes on what of it is not timed."""
     if is_run(item):
         folder = hub.local(item)
-        plan = artifacts.read_plan(folder)
-        size = plan["input_size"]
-        return [latency.Subject(f"{plan['model']}, {size[-1]} px", size, whole_network(plan)), latency.Subject(item, size, artifacts.load(folder))]
+        plan = computed.checked(folder)
+        size, small = plan["input_size"], latency.Subject(item, plan["input_size"], artifacts.load(folder))
+        if runs_code("model", plan["model"]) and not trust:
+            return [small], [f"{item} is timed alone: it was cut from '{plan['model']}', code that its plan.json names; --trust builds that too, if you know who made it"]
+        return [latency.Subject(f"{plan['model']}, {size[-1]} px", size, whole_network(plan)), small], []
     format = exports.format_of(item)
     if format is None:
         source = load_source(item, pretrained=False, img_size=img_size)
-        return [latency.Subject(item, source.input_size, capture(source.module, source.input_size).network)]
+        return [latency.Subject(item, source.input_size, capture(source.module, source.input_size).network)], []
     run, metadata = exports.load_artifact(item, trust), exports.read_metadata(item)
     if "input_size" not in metadata:
         raise UserError(f"'{item}' does not tell its input size: s2h did not write it; give a run or its files")
     found = {"network": run} if format == "pt2" else {"files": {format: Path(item)}}
-    return [latency.Subject(item, metadata["input_size"], batch=metadata.get("batch"), **found)]
+    return [latency.Subject(item, metadata["input_size"], batch=metadata.get("batch"), **found)], []
 
 
 def whole_network(plan: dict[str, Any]) -> fx.GraphModule:

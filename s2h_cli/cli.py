@@ -101,6 +101,7 @@ def prune(
     sync_bn: Annotated[Optional[bool], setting("Batch norm over the images of all GPUs, not each GPU's own.", "--sync-bn/--no-sync-bn")] = None,
     checkpoint_every: Annotated[Optional[int], setting("Steps between two checkpoints. [default: one an epoch]", min=1)] = None,
     log: Annotated[Optional[str], setting("wandb: send the curves there, beside TensorBoard.")] = None,
+    trust: Annotated[bool, TRUST] = False,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in the result folder, with the settings it was started with.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Plan, check the budget, do one step, write nothing.")] = False,
 ) -> None:
@@ -121,7 +122,7 @@ train.__annotations__ = {name: option.annotation for name, option in train.__sig
 app.command(epilog="Example: s2h train runs/resnet18-f0.35 --data ./other")(train)
 
 
-def run_job(recipe: str | None, config: Path | None, resume: bool, dry_run: bool, **options: Any) -> None:
+def run_job(recipe: str | None, config: Path | None, resume: bool, dry_run: bool, trust: bool, **options: Any) -> None:
     """A training, and what is shown of it. `options`: settings by name; None or empty where they are not given."""
     from . import run
     from .report import tables
@@ -131,7 +132,7 @@ def run_job(recipe: str | None, config: Path | None, resume: bool, dry_run: bool
     if resume and config is None and "output" in given and (earlier := Path(given["output"]) / "args.yaml").is_file():
         config, recipe = earlier, None  # so that nothing need be said again
     console = tables.console(quiet=distributed_rank() > 0)
-    results = run.prune(configure(given, recipe, config), console, resume=resume, dry_run=dry_run)
+    results = run.prune(configure(given, recipe, config, trust), console, resume=resume, dry_run=dry_run, trust=trust)
     for result in results:
         tables.show(tables.closing(result))
     if any(result["failed"] for result in results):
@@ -265,6 +266,8 @@ def bench(
         found = run.timed(items, formats=formats, batches=batches, img_size=img_size, device=device, threads=threads, seconds=seconds, trust=trust,
                             told=lambda what: status.update(f"timing {what}"))
     failed = [f"{row['network']} in {row['format']}: {row['failed']}" for row in found["rows"] if "failed" in row] + found.pop("not_kept")
+    for note in found["notes"]:
+        print(f"note: {printable(note)}", file=sys.stderr)
     if as_json:
         print(json.dumps(found, indent=1))
     else:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import difflib
+import re
 import shlex
-import types
 import typing
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 
 from .budget import KINDS, Budget
-from .errors import UserError, why
+from .errors import UserError
 from .files import writing
 
 RECIPES = Path(__file__).parent / "recipes"
@@ -109,8 +109,11 @@ class Config(Recipe):
         return shlex.join([*words, *extra])
 
 
-def configure(given: dict[str, Any], recipe: str | None = None, file: Path | None = None) -> Config:
+def configure(given: dict[str, Any], recipe: str | None = None, file: Path | None = None, trust: bool = True) -> Config:
     """Settings by name: what was given, over those of an earlier run's `args.yaml` or of a recipe, over the defaults.
+
+    Args:
+        trust: whether the file may name code; what is given always may.
 
     Raises:
         UserError: both a recipe and a file are given, there is no such one, it has an unknown setting or a value of a wrong type, or model, data or
@@ -122,6 +125,8 @@ def configure(given: dict[str, Any], recipe: str | None = None, file: Path | Non
     if file is not None:
         # Where an earlier run wrote to is not asked for again.
         settings |= {name: value for name, value in _read(file, Config).items() if name != "output"}
+        if not trust:
+            check_named({name: value for name, value in settings.items() if name not in given}, file)
     settings |= given
     if settings.get("method") == "dense":
         settings |= {kind: given.get(kind) for kind in KINDS} | {"flops": given.get("flops", 1.0)}  # not an earlier run's
@@ -197,7 +202,7 @@ def of_result(folder: Path) -> tuple[Path, Config | None]:
     return home, earlier(home / "args.yaml") if (home / "args.yaml").exists() else None
 
 
-def resumed(config: Config, folder: Path) -> Config:
+def resumed(config: Config, folder: Path, trust: bool = True) -> Config:
     """The settings a run was started with, checked against what is asked for now.
 
     Raises:
@@ -211,6 +216,8 @@ def resumed(config: Config, folder: Path) -> Config:
         if getattr(saved, name) != getattr(config, name):
             raise UserError(f"cannot resume: '{folder}' was started with {name} {getattr(saved, name)}, "
                             f"not {getattr(config, name)}; ask for the same, or start a new run")
+    if not trust:  # what is the same as in `config` was given, or is checked
+        check_named({name: value for name, value in asdict(saved).items() if value != getattr(config, name)}, path)
     if config.device != Config.device:
         saved.device = config.device  # another machine's
     return saved
@@ -235,33 +242,40 @@ def read_recipe(name: str) -> dict[str, Any]:
 
 def _read(path: Path, kind: type) -> dict[str, Any]:
     """Settings of a YAML file, checked by name and type against the fields of `kind`."""
-    try:
-        settings = yaml.safe_load(path.read_text()) or {}
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UserError(f"cannot read '{path}' ({why(error)}); give a file like those that s2h recipes prints") from error
+    from . import schema  # when a file is read alone: `s2h --help` stays quick
+
+    settings = schema.read_yaml(path) or {}
     if not isinstance(settings, dict):
         raise UserError(f"'{path}' is no list of 'setting: value' lines; see s2h recipes")
     types_of = typing.get_type_hints(kind)
     for name, value in settings.items():
         if name not in types_of:
             near = difflib.get_close_matches(str(name), types_of, 3) or sorted(types_of)[:5]
-            raise UserError(f"'{path}': no setting '{name}'; did you mean {', '.join(near)}?")
-        settings[name] = _fitted(value, types_of[name], f"'{path}': {name}")
+            raise UserError(f"'{path}': no setting '{schema.shown(str(name))}'; did you mean {', '.join(near)}?")
+        try:
+            settings[name] = schema.setting(types_of[name], value)
+        except ValueError:
+            names = " or ".join("nothing" if k is type(None) else getattr(k, "__name__", str(k)) for k in typing.get_args(types_of[name]) or [types_of[name]])
+            raise UserError(f"'{path}': {name} is {schema.shown(repr(value))}; it must be of type {names}, finite and of usual length") from None
     return settings
 
 
-def _fitted(value: Any, kind: Any, what: str) -> Any:
-    """The value as the annotated type; whole numbers pass for fractions, and YAML's `1e-3`, which it reads as text."""
-    kinds = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
-    if list[float] in kinds and isinstance(value, list):
-        return [_fitted(item, float, what) for item in value]
-    if float in kinds and (isinstance(value, (int, str)) and not isinstance(value, bool)):
-        try:
-            return float(value)
-        except ValueError:
-            pass
-    plain = tuple(typing.get_origin(k) or k for k in kinds)
-    if not isinstance(value, plain) or (isinstance(value, bool) and bool not in plain):
-        names = " or ".join("nothing" if k is type(None) else k.__name__ for k in plain)
-        raise UserError(f"{what} is {value!r}; it must be of type {names}")
-    return value
+#: Data sets that timm fetches from anyone on the hub.
+_FETCHED = ("hfds/", "hfids/", "wds/", "tfds/")
+_CODE = re.compile(r"\.py(:|$)|^(?!torchvision:)[^/\\]*:")
+
+
+def runs_code(name: str, value: Any) -> bool:
+    """Whether a setting names code to run, or something to fetch or to send: a Python file, a repository of anyone's, a data set by a script, a log."""
+    if name in ("model", "teacher"):
+        return value is not None and _CODE.search(value) is not None
+    return name == "data" and str(value).lower().startswith(_FETCHED) or name == "log" and value is not None
+
+
+def check_named(settings: dict[str, Any], where: Path) -> None:
+    """Raises UserError for settings of a file that name code, or something to fetch or to send."""
+    for name, value in settings.items():
+        if runs_code(name, value):
+            option = "MODEL" if name == "model" else f"--{name}"
+            raise UserError(f"'{where}' names the {name} '{value}', and a file of others must not run code, fetch or send anything: name it on the command line too "
+                            f"({option} {value}), or give --trust if you know who made the file")

@@ -105,6 +105,11 @@ FORMULAS: dict[str, Callable[[tuple, Tensor], list[Product]]] = {
 }
 
 
+def channel_axis(op: str) -> int:
+    """The axis that holds the channels of what an operator takes and gives."""
+    return 1 if op.startswith(("conv", "batch_norm", "group_norm", "instance", "adaptive", "upsample")) else -1
+
+
 class Count(NamedTuple):
     """Number of kept indices of an axis: the sum over terms of a coefficient times the widths of some groups."""
 

@@ -85,7 +85,14 @@ def _function(name: str, trust: bool) -> Callable:
 
 
 def foreign(network: fx.GraphModule) -> list[str]:
-    """The operators of a network that a file of a stranger may not name."""
+    """The operators of a network that a file of a stranger may not name.
+
+    Raises:
+        UserError: a file cannot hold the network at all.
+    """
+    odd = [name for name in network_to_json(network)["modules"].keys() | tensors_of(network).keys() if not all(map(_PART.fullmatch, name.split(".")))]
+    if odd:
+        raise UserError(f"the layer {sorted(odd)[0]!r} has a name that {PLAN} cannot hold; give it one of letters, digits and underscores")
     names = dict.fromkeys(_function_name(node) for node in network.graph.nodes if isinstance(node.target, torch._ops.OpOverload))
     return [name for name in names if name.removeprefix(_ATEN) not in OPERATORS]
 

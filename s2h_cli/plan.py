@@ -19,7 +19,7 @@ import numpy as np
 from torch import fx
 
 from . import rebuild
-from .cost import FORMULAS, CostModel, Count, Product
+from .cost import FORMULAS, CostModel, Count, Product, channel_axis
 from .errors import UserError
 from .graph import Param, Ref
 from .labels import Dim, Solved
@@ -417,7 +417,7 @@ def _counted(network: fx.GraphModule, labelled: Labelled) -> Iterator[tuple[Laye
         except Exception:  # a call that the formula's author did not think of
             labelled.freeze_call(node)
             continue
-        axis = 1 if node.meta["op"].startswith(("conv", "batch_norm", "group_norm", "instance", "adaptive", "upsample")) else -1
+        axis = channel_axis(node.meta["op"])
         batch = network.meta["batch"]
         channels = [_of_image(t.shape[axis], t.dims[axis], batch) if isinstance(t, Tensor) else (0, None) for t in (args[0], out)]
         # For one image: an axis that holds the batch (some models multiply over the batch, twice) counts for one.

@@ -18,7 +18,7 @@ from rich.console import Console
 from torch import fx, nn
 from torch.utils.data import DataLoader
 
-from . import artifacts, bench, data, distributed, exports, hub, lookup
+from . import artifacts, bench, computed, data, distributed, exports, hub, lookup, schema
 from .budget import KINDS, Budget
 from .config import Config, latency_share, of_result, resumed, write
 from .cost import count_macs
@@ -31,12 +31,13 @@ from .latency import installed
 from .methods import FROM_TRAINED, METHODS
 from .methods.oneshot import OneShot
 from .methods.several import Several
+from .network_json import accept, foreign
 from .plan import Plan, Space
 from .program import Program
 from .quantize import CALIBRATION_IMAGES, quantize
 from .report import page
 from .report.curves import Curves, check_log, start_log
-from .report.facts import KEYS, describe
+from .report.facts import describe
 from .report.tables import quantity
 from .report.progress import TrainingDisplay, Watchers
 from .source import Source, fit_head, is_run, load_source, short_name
@@ -56,8 +57,11 @@ LATENCY = "latency.json"
 LEAST = {"epochs": 0, "workers": 0, "warmup_epochs": 0, "img_size": 1, "divisor": 1, "checkpoint_every": 1, "latency_batch": 1}
 
 
-def prune(config: Config, console: Console, *, resume: bool = False, dry_run: bool = False) -> list[dict[str, Any]]:
+def prune(config: Config, console: Console, *, resume: bool = False, dry_run: bool = False, trust: bool = True) -> list[dict[str, Any]]:
     """Compresses a model and writes the result; see `docs/commands.md` for what a run writes.
+
+    Args:
+        trust: whether the `args.yaml` of a run that goes on may name code that `config` does not.
 
     Returns:
         For each budget what the closing table shows: {folder, facts, top1, bytes, differences, checked, failed}; nothing for a dry run, or
@@ -70,7 +74,7 @@ def prune(config: Config, console: Console, *, resume: bool = False, dry_run: bo
     resume = resume or started is not None
     if resume:
         folder = Path(started) if started else old_folder(config)
-        config = resumed(config, folder)
+        config = resumed(config, folder, trust)
     check_settings(config)
     device = pick_device(config.device)
     if config.sync_bn and distributed.WORLD > 1 and device.type == "cpu":
@@ -177,6 +181,10 @@ def prepare(config: Config, device: torch.device, console: Console, folder: Path
     captured = capture(source.module, source.input_size)
     if captured.static_batch:
         raise UserError(f"{config.model} cannot be trained: {captured.notes[0]}; rewrite what fixes the batch in its forward")
+    if unknown := foreign(captured.network):
+        accept(unknown)
+        source.notes.append(f"it calls {', '.join(unknown)}: results with operators that s2h does not know are loaded by s2h_cli.load(FOLDER, trust=True) alone, "
+                            "where their library is imported")
     network = to_device(captured.network, device)
     if config.channels_last:
         network = network.to(memory_format=torch.channels_last)
@@ -233,7 +241,7 @@ def limit(config: Config, space: Space, network: fx.GraphModule, device: torch.d
         return config.budgets, None
     where = lookup.Where(config.latency_format, config.latency_batch, device)
     with console.status(f"measuring latency in {where.format}, batch {where.batch}"):
-        known = lookup.Table(**json.loads((folder / LATENCY).read_text())) if folder and (folder / LATENCY).exists() else None
+        known = read_table(folder / LATENCY, network) if folder and (folder / LATENCY).exists() else None
         table = lookup.add_latency(to_device(copy.deepcopy(network), "cpu"), space, where, known)
     share, least = latency_share(config.latency, table.whole), table.least / table.whole
     if not least <= share < 1:
@@ -242,6 +250,19 @@ def limit(config: Config, space: Space, network: fx.GraphModule, device: torch.d
     console.print(f"latency of {where.batch} image{'s' * (where.batch > 1)} in {where.format}: {table.whole * 1e3:.3g} ms; target {share:.3g} of it, smallest {least:.3g}; "
                   f"the model by layer is {table.error:.0%} off on average", soft_wrap=True)
     return [replace(budget, latency=share) for budget in config.budgets], table
+
+
+def read_table(path: Path, network: fx.GraphModule) -> lookup.Table:
+    """What an earlier session measured of the latency of this network.
+
+    Raises:
+        UserError: it cannot be read, or is of another network.
+    """
+    table = lookup.Table(**schema.check(schema.Latency, schema.read_json(path), str(path)))
+    nodes = {node.name for node in network.graph.nodes}
+    if len(table.nodes) != len(table.nanoseconds) or not nodes.issuperset(table.nodes):
+        raise UserError(f"{path}: it was measured of another network; delete it, and the latency is measured anew")
+    return table
 
 
 def pick_teacher(config: Config, source: Source, network: nn.Module, loader: DataLoader, classes: list[str], device: torch.device,
@@ -380,15 +401,11 @@ def inspect(model: str, *, img_size: int | None = None, divisor: int = 8, exclud
     """
     if is_run(model):
         folder = hub.local(model)
-        facts = artifacts.read_plan(folder)
-        if lacks := [key for key in KEYS if key not in facts]:
-            raise UserError(f"{folder / artifacts.PLAN}: it lacks {', '.join(lacks)}; give the folder of a finished run")
-        return facts
+        return computed.checked(folder)
     source = load_source(model, pretrained=False, img_size=img_size)
     captured = capture(source.module, source.input_size)
     space = Space(captured.network, exclude, divisor, prune_head_dim)
-    facts = describe(Plan.whole(space), model, source.input_size)
-    return {**facts, "notes": [*source.notes, *captured.notes]}
+    return {**describe(Plan.whole(space), model, source.input_size), "notes": [*source.notes, *captured.notes]}
 
 
 def export(folder: Path, format: str, *, opset: int | None = None, batch: int | None = None, half: bool = False, int8: bool = False,

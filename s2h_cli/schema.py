@@ -17,6 +17,7 @@ from typing_extensions import NotRequired, TypedDict
 
 from .errors import UserError, why
 from .files import read_text
+from .shown import printable
 
 MEGABYTE = 2**20
 #: The largest files that are read. The largest plan of the zoo has some MB.
@@ -40,8 +41,8 @@ Percent = Annotated[Finite, Field(ge=0, le=100)]
 Count = Annotated[int, Field(ge=0, le=INT64)]
 Side = Annotated[int, Field(ge=1, le=LARGEST_SIDE)]
 Channels = Annotated[int, Field(ge=1, le=MOST_CHANNELS)]
-#: One line of text: no control characters, which a terminal obeys.
-Text = Annotated[str, Field(max_length=1024, pattern=r"^[^\x00-\x1f\x7f-\x9f]*$")]
+#: Text of any characters, such as a path: `shown` says how it is shown.
+Text = Annotated[str, Field(max_length=4096)]
 #: A dotted name of a layer: letters, digits and the marks that names have in `torch.nn` and in models of timm; see `network_json`.
 LayerName = Annotated[str, Field(min_length=1, max_length=1024, pattern=r"^[\w \-+:/@()\[\].#]+$")]
 FileName = Annotated[str, Field(max_length=255, pattern=r"^\w[\w.-]*$")]
@@ -113,13 +114,12 @@ Plan = _record("Plan", {
 # ---------------------------------------------------------------------------------------------------------------------
 # bench.json, latency.json
 
-Line = Annotated[str, Field(max_length=4096, pattern=r"^[^\x00-\x1f\x7f-\x9f]*$")]
 Timing = _record("Timing", {"low": Positive, "median": Positive, "high": Positive, "blocks": Count})
-Row = _record("Row", {"format": Text, "batch": Annotated[int, Field(ge=1, le=INT64)], "network": Text, "timing": NotRequired[Timing], "failed": NotRequired[Annotated[str, Field(max_length=4096)]],
+Row = _record("Row", {"format": Text, "batch": Annotated[int, Field(ge=1, le=INT64)], "network": Text, "timing": NotRequired[Timing], "failed": NotRequired[Text],
                       "share": NotRequired[Optional[Positive]]})
-Pair = _record("Pair", {"before": Text, "after": Text, "macs": Positive, "kinds": dict[Text, _pair(Annotated[Finite, Field(ge=0)])], "reasons": list[Line]})
+Pair = _record("Pair", {"before": Text, "after": Text, "macs": Positive, "kinds": dict[Text, _pair(Annotated[Finite, Field(ge=0)])], "reasons": list[Text]})
 Bench = _record("Bench", {"place": Text, "rows": Annotated[list[Row], Field(max_length=10_000)], "pairs": Annotated[list[Pair], Field(min_length=1, max_length=1000)]})
-Latency = _record("Latency", {"nodes": Annotated[list[Text], Field(max_length=100_000)], "nanoseconds": Annotated[list[list[Finite]], Field(max_length=100_000)],
+Latency = _record("Latency", {"nodes": Annotated[list[Text], Field(max_length=100_000)], "nanoseconds": Annotated[list[Annotated[list[Finite], Field(min_length=5, max_length=5)]], Field(max_length=100_000)],
                               "whole": Positive, "least": Positive, "error": Finite})
 
 
@@ -147,8 +147,8 @@ def refuse(where: str, place: Any, what: str) -> NoReturn:
 
 
 def shown(text: str) -> str:
-    """Text of a file, short and without control characters."""
-    return "".join(c if c.isprintable() else "?" for c in text[:200])
+    """Text of a file in a message: short, without characters that act on a terminal."""
+    return printable(text[:200])
 
 
 @cache

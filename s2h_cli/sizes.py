@@ -23,11 +23,14 @@ MOST_STEPS, MOST_PARTS = 4096, 65536
 MOST_WHOLE, MOST_EXPONENT = 2**63, 64
 
 
-def check_sizes(network: fx.GraphModule, classes: int | None = None) -> None:
+def check_sizes(network: fx.GraphModule, classes: int | None = None) -> dict[fx.Node, Any]:
     """Propagates the sizes of one image through a network.
 
     Args:
         classes: of the data that it was made for.
+
+    Returns:
+        For each node its shape, a list of shapes for several outputs, or None for no tensor.
 
     Raises:
         UserError: it needs too much memory, or its sizes do not fit together.
@@ -37,7 +40,8 @@ def check_sizes(network: fx.GraphModule, classes: int | None = None) -> None:
             images = torch.zeros(network.meta["static_batch"] or 1, *network.meta["input_size"])
             state = {name: fake.from_tensor(tensor.detach(), static_shapes=True) for name, tensor in tensors_of(network).items()}
             with _Bounded():
-                out = _Sizes(network, state).run(images)
+                sizes = _Sizes(network, state)
+                out = sizes.run(images)
     except UserError:
         raise
     except Exception as error:  # sizes that do not fit make torch raise whatever it likes
@@ -45,6 +49,7 @@ def check_sizes(network: fx.GraphModule, classes: int | None = None) -> None:
     if not isinstance(out, torch.Tensor) or out.ndim != 2 or classes is not None and out.shape[1] != classes:
         shape = tuple(out.shape) if isinstance(out, torch.Tensor) else type(out).__name__
         raise UserError(f"the network gives {shape} for one image, not (1, {classes or 'classes'}); plan.json may be damaged")
+    return sizes.shapes
 
 
 class _Bounded(TorchDispatchMode):
@@ -64,11 +69,12 @@ class _Sizes(fx.Interpreter):
 
     def __init__(self, network: fx.GraphModule, state: dict[str, torch.Tensor]):
         super().__init__(network)
-        self.state, self.live, self.sizes = state, 0, {}
+        self.state, self.live, self.sizes, self.shapes = state, 0, {}, {}
 
     def run_node(self, node: fx.Node) -> Any:
         out = super().run_node(node)
         self.sizes[node] = sum(_bytes(tensor) for tensor in tree_leaves(out) if isinstance(tensor, torch.Tensor)) if node.op != "get_attr" else 0
+        self.shapes[node] = [_shape(part) for part in out] if isinstance(out, (list, tuple)) else _shape(out)
         self.live += self.sizes[node]
         if self.live > MOST:
             raise UserError(f"the network needs more than {MOST // GIGABYTE} GB for one image, at {node.name}; plan.json may be damaged")
@@ -120,6 +126,10 @@ def _check_recurrent(x: torch.Tensor, state: Any, weights: list[torch.Tensor], h
             rows = set()
     if len(rows) != 1 or rows.pop() % hidden or len(weights) != each * layers * directions:
         raise UserError("the weights of a recurrent layer do not fit its state; plan.json may be damaged")
+
+
+def _shape(value: Any) -> tuple[int, ...] | None:
+    return tuple(map(int, value.shape)) if isinstance(value, torch.Tensor) else None
 
 
 def _bytes(tensor: torch.Tensor) -> int:

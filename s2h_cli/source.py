@@ -155,7 +155,10 @@ def fit_head(source: Source, classes: list[str]) -> None:
 
 def is_run(spec: str) -> bool:
     """Whether a MODEL string is the folder of a run, here or on the hub. A folder that is called like a model of timm is not meant, unless it is written as `./NAME`."""
-    return spec.startswith(hub.HUB) or Path(spec).is_dir() and not timm.is_model(spec)
+    try:
+        return spec.startswith(hub.HUB) or Path(spec).is_dir() and not timm.is_model(spec)
+    except (OSError, ValueError):  # too long for a path, or no path
+        return False
 
 
 def _from_run(spec: str, img_size: int | None) -> Source:

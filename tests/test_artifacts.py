@@ -189,7 +189,7 @@ def test_missing_and_broken_files(folder, tmp_path, tiny):
     (folder / "model.safetensors").write_bytes((tmp_path / "other" / "model.safetensors").read_bytes())
     with pytest.raises(UserError, match="does not match"):
         artifacts.load(folder)
-    for text, message in (("{", "not JSON"), ("[]", "holds no network"), ('{"network": {}}', "does not describe")):
+    for text, message in (("{", "not JSON"), ("[]", "holds no network"), ('{"network": {}}', "network.class: field required")):
         (folder / "plan.json").write_text(text)
         with pytest.raises(UserError, match=message):
             artifacts.load(folder)

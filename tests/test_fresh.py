@@ -19,7 +19,7 @@ def test_a_call_is_answered_by_another_process_with_as_many_threads():
 
 def test_what_the_user_did_wrong_is_said_as_here():
     with pytest.raises(UserError, match="names the layer 'Bogus'"):
-        fresh.call(network_json.network_from_json, {"modules": {"a": {"class": "Bogus"}}}, {})
+        fresh.call(network_json.network_from_json, {"class": "Net", "meta": {"input_size": [3, 8, 8], "static_batch": None}, "modules": {"a": {"class": "Bogus"}}, "tensors": {}, "nodes": []}, {})
 
 
 def test_a_process_that_breaks_off_is_one_line():

@@ -14,7 +14,8 @@ from torch.utils.tensorboard import SummaryWriter
 
 from ..config import Config
 from ..errors import UserError, why
-from ..files import writing, written
+from ..files import read_text, writing, written
+from ..schema import LIMITS, shown
 from ..shown import in_spreadsheet
 
 LOGS = ("wandb",)
@@ -90,9 +91,23 @@ def read_table(path: Path) -> tuple[list[str], list[list[float]]]:
     """Columns and rows of `write_table`; nothing where there is no such file."""
     if not path.exists():
         return [], []
-    with open(path, newline="") as file:
-        columns, *rows = csv.reader(file)
-    return columns[1:], [[float(value) for value in row[1:]] for row in rows]
+    columns, rows = read_csv(path)
+    return columns[1:], [row[1:] for row in rows]
+
+
+def read_csv(path: Path) -> tuple[list[str], list[list[float]]]:
+    """Columns and rows of a table of numbers; what is empty is NaN.
+
+    Raises:
+        UserError: it is no such table.
+    """
+    try:
+        columns, *rows = csv.reader(read_text(path, LIMITS[".csv"]).splitlines())
+        if any(len(row) != len(columns) for row in rows):
+            raise ValueError("its rows have different lengths")
+        return columns, [[float(value or "nan") for value in row] for row in rows]
+    except (ValueError, csv.Error) as error:
+        raise UserError(f"{path}: it is no table of numbers ({shown(why(error))}); a program may have changed it: delete it, and what it shows is left out") from error
 
 
 def check_log(name: str | None) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import math
 import re
@@ -13,13 +12,13 @@ from typing import Any
 
 from plotly.offline import get_plotlyjs
 
-from .. import CONVENTION, artifacts, bench
+from .. import CONVENTION, artifacts, bench, computed
 from ..config import Config, of_result
 from ..errors import UserError, why
 from ..files import writing
 from ..shown import in_html as _safe
 from . import figures
-from .curves import GATES, WIDTHS, read_table
+from .curves import GATES, WIDTHS, read_csv, read_table
 from .tables import quantity
 
 FILE = "report.html"
@@ -54,7 +53,7 @@ def read_run(folder: Path) -> Run:
     Raises:
         UserError: it holds no finished run.
     """
-    plan = artifacts.read_plan(folder)
+    plan = computed.checked(folder)
     try:
         return _read(folder, plan)
     except (ValueError, KeyError, TypeError, IndexError, AttributeError, OSError) as error:
@@ -71,9 +70,8 @@ def read_summary(path: Path, ending: str) -> list[dict[str, float]]:
     """The rows of `summary.csv`; of columns that parts of a run have each, those of this ending, without it."""
     if not path.exists():
         return []
-    with open(path, newline="") as file:
-        return [{name.removesuffix(ending): number for name, value in row.items() if value and (name.endswith(ending) or name in ("epoch", "lr"))
-                 and math.isfinite(number := float(value))} for row in csv.DictReader(file)]
+    return [{name.removesuffix(ending): value for name, value in row.items() if (name.endswith(ending) or name in ("epoch", "lr")) and math.isfinite(value)}
+            for row in (dict(zip(columns, values)) for columns, rows in [read_csv(path)] for values in rows)]
 
 
 def write_report(*folders: Path, file: Path | None = None) -> Path:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from ..errors import UserError, why
-from ..files import writing
+from ..files import check_regular, writing
 
 
 def save(path: Path, state: dict[str, Any]) -> None:
@@ -30,6 +30,7 @@ def load(path: Path) -> dict[str, Any]:
     Raises:
         UserError: it cannot be read.
     """
+    check_regular(path)
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged file raises whatever the unpickler meets
