@@ -10,7 +10,7 @@ import importlib.metadata
 import json
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors.torch import load_file
@@ -57,11 +57,14 @@ def _versions() -> dict[str, str | None]:
     return {"s2h": __version__, "torch": str(torch.__version__), "timm": timm}
 
 
-def read_plan(path: str | os.PathLike) -> dict[str, Any]:
-    """What `plan.json` of a run folder holds.
+def read_plan(path: str | os.PathLike, *needs: str) -> dict[str, Any]:
+    """What `plan.json` of a run folder holds, as `schema.Plan`; nothing in it is compared with the network (see `computed.checked`).
+
+    Args:
+        needs: keys that must be there, beside the network.
 
     Raises:
-        UserError: the folder or the file is missing or broken.
+        UserError: the folder or the file is missing or broken, or lacks a key.
     """
     folder = Path(path)
     if not folder.is_dir():
@@ -79,7 +82,17 @@ def read_plan(path: str | os.PathLike) -> dict[str, Any]:
         schema.refuse(str(folder / PLAN), ("input_size",), f"the sizes {', '.join(map(str, sizes))} differ")
     if data and not len(data["mean"]) == len(data["std"]) == sizes[0][0]:
         schema.refuse(str(folder / PLAN), ("data", "mean"), "mean and std need an entry for each channel of the input")
+    if lacks := [key for key in needs if key not in plan]:
+        raise UserError(f"{folder / PLAN}: it lacks {', '.join(lacks)}; give the folder of a finished run")
     return plan
+
+
+class Result(NamedTuple):
+    """What a run folder holds: its plan, the network in eval mode, and the shapes of one image in it (see `sizes.check_sizes`)."""
+
+    plan: dict[str, Any]
+    network: fx.GraphModule
+    shapes: dict[fx.Node, Any]
 
 
 def load(path: str | os.PathLike, trust: bool = False) -> fx.GraphModule:
@@ -95,7 +108,12 @@ def load(path: str | os.PathLike, trust: bool = False) -> fx.GraphModule:
     Raises:
         UserError: the folder or a file is missing, broken, or the two do not belong together.
     """
-    folder, plan = Path(path), read_plan(path)
+    return read(path, trust).network
+
+
+def read(path: str | os.PathLike, trust: bool = False, needs: tuple[str, ...] = ()) -> Result:
+    """The same as `load`, and all else that is in the folder. `needs`: as of `read_plan`."""
+    folder, plan = Path(path), read_plan(path, *needs)
     check_regular(folder / WEIGHTS)
     try:
         # Copies: memory mapped from a file is aligned differently, and then kernels round differently.
@@ -104,7 +122,6 @@ def load(path: str | os.PathLike, trust: bool = False) -> fx.GraphModule:
         raise UserError(f"{folder / WEIGHTS}: cannot be read: {schema.shown(why(error))}; it may be damaged") from error
     try:
         network = network_from_json(plan["network"], state_dict, trust)
-        check_sizes(network, len(plan["data"]["classes"]) if "data" in plan else None)
+        return Result(plan, network, check_sizes(network, len(plan["data"]["classes"]) if "data" in plan else None))
     except UserError as error:
         raise UserError(f"{folder}: {error}") from error
-    return network

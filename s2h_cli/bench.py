@@ -9,7 +9,7 @@ from typing import Any, Callable
 import torch
 from torch import fx, nn
 
-from . import artifacts, computed, exports, fresh, hub, latency, lookup, schema
+from . import computed, exports, fresh, hub, latency, lookup, schema
 from .config import runs_code
 from .device import pick_device
 from .errors import UserError
@@ -52,7 +52,8 @@ def bench(items: list[str], *, formats: list[str], batches: list[int], img_size:
         notes += said
         subjects |= {subject.name: subject for subject in found}
         if len(found) == 2:
-            pairs.append({"before": found[0].name, "after": found[1].name, "macs": artifacts.read_plan(hub.local(item))["macs"]["ratio"]})
+            before, after = (computed.macs(subject.network) for subject in found)
+            pairs.append({"before": found[0].name, "after": found[1].name, "macs": after / before})
     rows = latency.compare(list(subjects.values()), formats, batches, where, threads, seconds, told)
     if not rows:
         raise UserError(f"{', '.join(items)}: nothing of it can be timed in {', '.join(formats)}; choose the --format of the file, or give a run")
@@ -103,11 +104,15 @@ def subjects_of(item: str, img_size: int | None, trust: bool = False) -> tuple[l
     """What `s2h bench` times of an item: of a run folder what it was cut from, and the result. And notes on what of it is not timed."""
     if is_run(item):
         folder = hub.local(item)
-        plan = computed.checked(folder)
-        size, small = plan["input_size"], latency.Subject(item, plan["input_size"], artifacts.load(folder))
+        plan, network, _ = computed.checked(folder, trust)
+        size = plan["input_size"]
+        small = latency.Subject(item, size, network)
         if runs_code("model", plan["model"]) and not trust:
             return [small], [f"{item} is timed alone: it was cut from '{plan['model']}', code that its plan.json names; --trust builds that too, if you know who made it"]
-        return [latency.Subject(f"{plan['model']}, {size[-1]} px", size, whole_network(plan)), small], []
+        whole = whole_network(plan)
+        said, so = plan["macs"]["full"], computed.macs(whole)
+        notes = [f"{item}: its plan.json says that {plan['model']} has {said:,} MACs; it has {so:,}"] if said != so else []
+        return [latency.Subject(f"{plan['model']}, {size[-1]} px", size, whole), small], notes
     format = exports.format_of(item)
     if format is None:
         source = load_source(item, pretrained=False, img_size=img_size)

@@ -266,7 +266,7 @@ def bench(
         found = run.timed(items, formats=formats, batches=batches, img_size=img_size, device=device, threads=threads, seconds=seconds, trust=trust,
                             told=lambda what: status.update(f"timing {what}"))
     failed = [f"{row['network']} in {row['format']}: {row['failed']}" for row in found["rows"] if "failed" in row] + found.pop("not_kept")
-    for note in found["notes"]:
+    for note in found.pop("notes"):
         print(f"note: {printable(note)}", file=sys.stderr)
     if as_json:
         print(json.dumps(found, indent=1))

@@ -5,6 +5,7 @@ What cannot be computed stays the file's claim, checked for sense alone: figures
 
 from __future__ import annotations
 
+import json
 import math
 import os
 from pathlib import Path
@@ -12,11 +13,13 @@ from typing import Any, NamedTuple
 
 from torch import fx, nn
 
-from . import artifacts
+from . import artifacts, schema
 from .cost import FORMULAS, channel_axis
 from .errors import UserError
 from .graph import FUNCTIONS, LAYERS, aten_call, tensors_of
-from .network_json import PLAN
+from .network_json import PLAN, network_from_json, network_to_json
+from .plan import Plan, Space
+from .report.facts import describe
 from .rules import Tensor
 from .schema import refuse
 from .sizes import check_sizes
@@ -99,29 +102,56 @@ def _name(function: Any) -> str:
     return _NAME_OF.get(function, "")
 
 
-def checked(path: str | os.PathLike) -> dict[str, Any]:
-    """What `plan.json` of a result says, after all that follows from its network was computed and found to be what it says.
+def macs(network: fx.GraphModule) -> int:
+    """The MACs of one image.
+
+    Raises:
+        UserError: the network needs too much memory, or its sizes do not fit together.
+    """
+    return sum(row.macs for row in counted(network, check_sizes(network)))
+
+
+def checked(path: str | os.PathLike, trust: bool = False) -> artifacts.Result:
+    """A result whose `plan.json` says of its network what is so: all that follows from the network was computed and compared.
+
+    Args:
+        trust: as of `artifacts.load`.
 
     Raises:
         UserError: there is no result, it cannot be loaded, or it says what is not so.
     """
-    folder, plan = Path(path), artifacts.read_plan(path)
-    if lacks := [key for key in KEYS if key not in plan]:
-        raise UserError(f"{folder / PLAN}: it lacks {', '.join(lacks)}; give the folder of a finished run")
-    network = artifacts.load(folder)
-    check(plan, network, str(folder / PLAN))
-    return plan
+    result = artifacts.read(path, trust, needs=KEYS)
+    check(result, str(Path(path) / PLAN))
+    return result
 
 
-def check(plan: dict[str, Any], network: fx.GraphModule, where: str) -> None:
+def check_kept(network: fx.GraphModule, space: Space, where: str) -> None:
+    """Writes a network of which nothing was cut and reads it again, in memory: before it is trained.
+
+    Raises:
+        UserError: a result of it could not be loaded again.
+    """
+    plan = Plan.whole(space)
+    state = {name: tensor.detach().cpu() for name, tensor in tensors_of(network).items()}
+    try:
+        text = json.dumps({**describe(plan, where, network.meta["input_size"]), "kept_indices": plan.by_group(), "network": network_to_json(network)})
+        kept = schema.check(schema.Plan, schema.parse_json(text, PLAN), PLAN)
+        loaded = network_from_json(kept["network"], state, trust=True)
+        check(artifacts.Result(kept, loaded, check_sizes(loaded)), PLAN)
+    except UserError as error:
+        raise UserError(f"a result of '{where}' could not be loaded again, so it is not trained: {error}") from error
+
+
+def check(result: artifacts.Result, where: str) -> None:
     """Raises UserError where a plan says what is not so of its network, or what does not fit together."""
+    plan, network, shapes = result
 
     def equal(place: str, found: Any, so: Any) -> None:
         if found != so:
             refuse(where, (place,), f"it says {found}, and it is {so}")
 
     kept = [layer for layer in plan["layers"] if layer["macs"][0] or not layer["macs"][1]]  # the others are in blocks that are dropped
-    rows = counted(network, check_sizes(network))
+    rows = counted(network, shapes)
     equal("layers", len(kept), len(rows))
     for i, (layer, row) in enumerate(zip(kept, rows)):
         for key, found, so in (("name", layer["name"], row.name or layer["name"]), ("kind", layer["kind"], row.kind), ("in", layer["in"][0], row.inputs),

@@ -309,7 +309,7 @@ def load_artifact(path: str | os.PathLike, trust: bool = False) -> Run:
     """
     path = Path(path)
     if path.is_dir():
-        return load(path)
+        return load(path, trust)
     format = check_trust(path, trust)
     try:
         with quiet():

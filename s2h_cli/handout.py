@@ -6,7 +6,7 @@ import inspect
 from pathlib import Path
 from typing import Any
 
-from . import CONVENTION, artifacts, exports
+from . import CONVENTION, artifacts, computed, exports
 from .config import Config
 from .files import writing
 from .pixels import decode
@@ -99,7 +99,7 @@ With {versions}. `plan.json` says what was kept of each layer, `report.html` wha
 
 def write_handout(folder: Path, config: Config) -> None:
     """Writes scripts and card into the folder of a result with its artifacts. `config`: the settings of its run."""
-    plan = artifacts.read_plan(folder)
+    plan = artifacts.read_plan(folder, *computed.KEYS, "versions", "results")
     with writing(folder) as aside:
         scripts = []
         for format, parts in SCRIPTS.items():
@@ -114,7 +114,7 @@ def write_handout(folder: Path, config: Config) -> None:
 def card(folder: Path, plan: dict[str, Any], config: Config, scripts: list[str]) -> str:
     macs, params, results, classes = plan["macs"], plan["params"], plan["results"], plan["data"]["classes"]
     top1 = results["top1"]
-    rows = [("top-1, %", f"{top1['start']:.2f}" if "start" in top1 else "", f"{top1['exported']:.2f}"),
+    rows = [("top-1, %", *(f"{top1[name]:.2f}" if name in top1 else "" for name in ("start", "exported"))),
             ("MACs", f"{macs['full']:,}", f"{macs['pruned']:,}"), ("parameters", f"{params['full']:,}", f"{params['pruned']:,}"),
             ("weights, MB", f"{results['bytes_before'] / 1e6:.2f}", f"{(folder / artifacts.WEIGHTS).stat().st_size / 1e6:.2f}")]
     files = [(as_code(file), f"{(folder / file).stat().st_size / 1e6:.2f}", f"{found['difference']:.1e}", f"{found['top1']:.2f}" if "top1" in found else "")

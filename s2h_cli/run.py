@@ -61,7 +61,7 @@ def prune(config: Config, console: Console, *, resume: bool = False, dry_run: bo
     """Compresses a model and writes the result; see `docs/commands.md` for what a run writes.
 
     Args:
-        trust: whether the `args.yaml` of a run that goes on may name code that `config` does not.
+        trust: whether the `args.yaml` of a run that goes on may name code that `config` does not, and the model may call operators that are on no list.
 
     Returns:
         For each budget what the closing table shows: {folder, facts, top1, bytes, differences, checked, failed}; nothing for a dry run, or
@@ -84,7 +84,7 @@ def prune(config: Config, console: Console, *, resume: bool = False, dry_run: bo
         new_folder(config)  # raises, before anything is loaded
     last = folder / "checkpoints" / "last" if resume else None
     state = checkpoint.load(last) if resume and last.exists() else None
-    job = prepare(config, device, console, folder if resume else None, resuming=state is not None)
+    job = prepare(config, device, console, folder if resume else None, resuming=state is not None, trust=trust)
     if dry_run:
         if config.epochs:
             try_step(job.method, job.train, config, len(job.classes), job.teacher)
@@ -160,8 +160,8 @@ def check_settings(config: Config) -> None:
         raise UserError(f"--batch-size {config.batch_size} cannot be shared by {distributed.WORLD} processes; give a multiple of their number")
 
 
-def prepare(config: Config, device: torch.device, console: Console, folder: Path | None, resuming: bool) -> Job:
-    """Model and data to method and loaders. What `config` leaves to model and data is filled in. `folder`: of a run that goes on."""
+def prepare(config: Config, device: torch.device, console: Console, folder: Path | None, resuming: bool, trust: bool) -> Job:
+    """Model and data to method and loaders. What `config` leaves to model and data is filled in. `folder`: of a run that goes on; `trust`: as of `prune`."""
     if config.compile:
         check_compiler(device)
     splits = data.open_splits(config.data, val_fraction=config.val_fraction, skip_bad_images=config.skip_bad_images)
@@ -182,9 +182,10 @@ def prepare(config: Config, device: torch.device, console: Console, folder: Path
     if captured.static_batch:
         raise UserError(f"{config.model} cannot be trained: {captured.notes[0]}; rewrite what fixes the batch in its forward")
     if unknown := foreign(captured.network):
+        if not trust:
+            raise UserError(f"{config.model} calls {', '.join(unknown)}: s2h loads no result with such an operator, since it does not know what it does; write that part "
+                            "of the model with others, or add --trust: results are then loaded with --trust or s2h_cli.load(FOLDER, trust=True) alone")
         accept(unknown)
-        source.notes.append(f"it calls {', '.join(unknown)}: results with operators that s2h does not know are loaded by s2h_cli.load(FOLDER, trust=True) alone, "
-                            "where their library is imported")
     network = to_device(captured.network, device)
     if config.channels_last:
         network = network.to(memory_format=torch.channels_last)
@@ -194,6 +195,7 @@ def prepare(config: Config, device: torch.device, console: Console, folder: Path
     budgets, table = limit(config, space, network, device, folder, console)
     for budget in budgets:
         budget.check(space)
+    computed.check_kept(network, space, config.model)
     preprocessing = dict(input_size=source.input_size, mean=source.mean, std=source.std, interpolation=source.interpolation,
                          crop_pct=data.kept_crop(source.input_size, source.crop_pct))
     loading = dict(**preprocessing, batch_size=config.batch_size, workers=config.workers, flip=splits.flip, recipe=config, seed=config.seed)
@@ -400,8 +402,7 @@ def inspect(model: str, *, img_size: int | None = None, divisor: int = 8, exclud
         UserError: the model cannot be built, captured or pruned, or the folder holds no result.
     """
     if is_run(model):
-        folder = hub.local(model)
-        return computed.checked(folder)
+        return computed.checked(hub.local(model)).plan
     source = load_source(model, pretrained=False, img_size=img_size)
     captured = capture(source.module, source.input_size)
     space = Space(captured.network, exclude, divisor, prune_head_dim)
@@ -428,7 +429,7 @@ def export(folder: Path, format: str, *, opset: int | None = None, batch: int | 
     if int8 and (spec is None or format not in ("onnx", "all") or half):
         raise UserError("--int8 needs --data DATA, images to calibrate on, and --format onnx, without --fp16")
     formats = ["onnx"] if int8 else list(exports.EXPORTS) if format == "all" else [format]
-    plan, small = artifacts.read_plan(folder), artifacts.load(folder)
+    plan, small, _ = computed.checked(folder)
     splits = loading = None
     if spec is not None:
         splits, loading = checked_data(spec, plan["data"], str(folder), skip_bad_images=skip_bad_images)
@@ -484,7 +485,7 @@ def evaluate(item: str, spec: str, *, batch_size: int, workers: int, trust: bool
     """
     artifact = hub.local(item)
     if artifact.is_dir():
-        metadata = artifacts.read_plan(artifact)["data"]
+        metadata = artifacts.read_plan(artifact, "data")["data"]
     else:
         exports.check_trust(artifact, trust)
         metadata = exports.read_metadata(artifact)

@@ -182,13 +182,19 @@ def read_json(path: Path) -> Any:
     Raises:
         UserError: it cannot be read, or is no such JSON.
     """
-    text = read_text(path, LIMITS[".json"])
+    return parse_json(read_text(path, LIMITS[".json"]), str(path))
+
+
+def parse_json(text: str, where: str) -> Any:
+    """The same of a text that `where` names in messages."""
+    if len(text) > LIMITS[".json"]:
+        raise UserError(f"{where}: it is longer than {LIMITS['.json'] // MEGABYTE} MB, more than s2h reads")
     try:
         return json.loads(text, parse_constant=_no_constant, object_pairs_hook=_no_double)
     except RecursionError:
-        raise UserError(f"{path}: not JSON that s2h wrote: lists in lists, too deep; {DAMAGED}") from None
+        raise UserError(f"{where}: not JSON that s2h wrote: lists in lists, too deep; {DAMAGED}") from None
     except ValueError as error:
-        raise UserError(f"{path}: not JSON: {shown(why(error))}; {DAMAGED}") from error
+        raise UserError(f"{where}: not JSON: {shown(why(error))}; {DAMAGED}") from error
 
 
 def _no_constant(name: str) -> NoReturn:

@@ -36,9 +36,9 @@ def check_sizes(network: fx.GraphModule, classes: int | None = None) -> dict[fx.
         UserError: it needs too much memory, or its sizes do not fit together.
     """
     try:
-        with torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True) as fake:
+        with torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True):
             images = torch.zeros(network.meta["static_batch"] or 1, *network.meta["input_size"])
-            state = {name: fake.from_tensor(tensor.detach(), static_shapes=True) for name, tensor in tensors_of(network).items()}
+            state = {name: torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype) for name, tensor in tensors_of(network).items()}
             with _Bounded():
                 sizes = _Sizes(network, state)
                 out = sizes.run(images)

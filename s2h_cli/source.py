@@ -163,8 +163,8 @@ def is_run(spec: str) -> bool:
 
 def _from_run(spec: str, img_size: int | None) -> Source:
     """The result of an earlier run, as a model to start from."""
-    folder = hub.local(spec)
-    module, made = artifacts.load(folder), artifacts.read_plan(folder)["data"]
+    plan, module, _ = artifacts.read(hub.local(spec), needs=("data",))
+    made = plan["data"]
     if img_size not in (None, made["input_size"][1]):
         module.meta["input_size"] = [made["input_size"][0], img_size, img_size]
     return Source(short_name(spec), spec, module, tuple(module.meta["input_size"]), tuple(made["mean"]), tuple(made["std"]),

@@ -59,10 +59,11 @@ def load_teacher(spec: str, pupil: Source, classes: list[str], device: torch.dev
     path = Path(spec)
     if is_run(spec):
         path = hub.local(spec)
-        data = artifacts.read_plan(path)["data"]
+        plan, network, _ = artifacts.read(path, needs=("data",))
+        data = plan["data"]
         if data["classes"] != classes:
             raise UserError(f"the teacher '{spec}' knows other classes ({', '.join(data['classes'][:5])}, ...); give one trained on these")
-        network, mean, std = artifacts.load(path), data["mean"], data["std"]
+        mean, std = data["mean"], data["std"]
     else:
         if path.suffix in WEIGHTS:
             source = load_source(pupil.spec, num_classes=len(classes), weights=path, img_size=pupil.input_size[1])

@@ -37,7 +37,7 @@ def test_calls_take_turns_and_the_slower_one_is_the_slower_one():
 
 
 def test_a_run_is_timed_against_what_it_was_cut_from(run, capsys):
-    assert s2h("bench", "run", "--format", "eager,torchscript,onnx", "--batch", "1,3", "--seconds", "0.1", "--json", "--device", "cpu") == 0
+    assert s2h("bench", "run", "--format", "eager,torchscript,onnx", "--batch", "1,3", "--seconds", "0.1", "--json", "--device", "cpu", "--trust") == 0
     found = figures(capsys)
     assert {(row["format"], row["batch"], row["network"]) for row in found["rows"]} == {
         (format, batch, network) for format in ("eager", "torchscript", "onnx") for batch in (1, 3) for network in ("net.py:build, 16 px", "run")}
@@ -46,7 +46,7 @@ def test_a_run_is_timed_against_what_it_was_cut_from(run, capsys):
     assert set(bench.shares(pair, found["rows"])) == {(format, batch) for format in ("eager", "torchscript", "onnx") for batch in (1, 3)}
     assert set(pair["kinds"]) <= set(latency.KINDS) and all(seconds > 0 for seconds in pair["kinds"]["convolutions"])
     assert bench.read(run) == found  # which the report shows
-    assert s2h("bench", "run", "--format", "eager", "--seconds", "0.1") == 0
+    assert s2h("bench", "run", "--format", "eager", "--seconds", "0.1", "--trust") == 0
     out = capsys.readouterr().out
     assert "0.4" in out and "of the time of net.py:build" in out and max(map(len, out.splitlines())) <= 80
 
@@ -76,7 +76,7 @@ def test_what_fails_is_said_and_the_others_are_timed(run, capsys, monkeypatch):
         raise RuntimeError("no such device\nat all")
 
     monkeypatch.setitem(latency.FORMATS, "onnx", fails)
-    assert s2h("bench", "run", "--format", "eager,onnx", "--batch", "1", "--seconds", "0.1") == 2
+    assert s2h("bench", "run", "--format", "eager,onnx", "--batch", "1", "--seconds", "0.1", "--trust") == 2
     said = capsys.readouterr()
     assert "run in onnx: RuntimeError: no such device" in said.err and "Traceback" not in said.err
     assert said.out.count("failed") == 2 and said.out.count("eager") >= 2

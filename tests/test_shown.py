@@ -15,7 +15,7 @@ import pytest
 import torch
 import zipfile
 from markdown_it import MarkdownIt
-from s2h_cli import artifacts, config, exports, handout, hub, shown
+from s2h_cli import artifacts, computed, config, exports, handout, hub, shown
 from s2h_cli.errors import UserError
 from s2h_cli.report import page, tables
 from toy import PRUNE, s2h
@@ -91,7 +91,7 @@ def test_a_hostile_plan_is_shown_as_text(result, monkeypatch):
 
     def skeleton(plan):
         """The page without its texts: tags and the names of their attributes."""
-        monkeypatch.setattr(artifacts, "read_plan", lambda folder: plan)
+        monkeypatch.setattr(computed, "checked", lambda folder: artifacts.Result(plan, None, {}))
         text = page.write_report(result).read_text(encoding="utf-8")
         tags = Tags()
         tags.feed(text)

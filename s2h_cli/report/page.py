@@ -53,7 +53,7 @@ def read_run(folder: Path) -> Run:
     Raises:
         UserError: it holds no finished run.
     """
-    plan = computed.checked(folder)
+    plan = computed.checked(folder).plan
     try:
         return _read(folder, plan)
     except (ValueError, KeyError, TypeError, IndexError, AttributeError, OSError) as error:
