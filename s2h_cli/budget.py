@@ -40,8 +40,8 @@ class Budget:
     def excess(self, space: Space, widths: torch.Tensor) -> torch.Tensor:
         """Share minus allowed share of the cost that is furthest over its limit, a float64 scalar, differentiable in real widths (groups,)."""
         found = {kind: space.costs[kind].differentiable(widths) / space.full_costs[kind] for kind in self.shares}
-        worst = max(found, key=lambda kind: float(found[kind].detach()) / self.shares[kind])
-        return found[worst] - self.shares[worst]
+        worst = torch.stack([found[kind].detach() / share for kind, share in self.shares.items()]).argmax(0, keepdim=True)  # on a GPU none waits for it
+        return torch.stack([found[kind] - share for kind, share in self.shares.items()]).index_select(0, worst).squeeze(0)
 
     def met(self, space: Space, widths: np.ndarray) -> bool:
         """Whether what can be counted holds; latency is measured."""

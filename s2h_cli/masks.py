@@ -21,6 +21,7 @@ from torch import nn
 
 from . import distributed
 from .budget import Budget
+from .cost import product
 from .plan import Plan, Space
 
 
@@ -123,7 +124,7 @@ def gated(weight: torch.Tensor, dim: int, gates: torch.Tensor, parts: torch.Tens
         gates: one for each atom, (atoms,).
         parts: the atoms of each of the n indices, (n, k) int64, padded with `atoms`.
     """
-    gate = torch.cat([gates, gates.new_ones(1)])[parts].prod(1)
+    gate = product(torch.cat([gates, gates.new_ones(1)])[parts])
     return weight * gate.view([-1 if d == dim else 1 for d in range(weight.dim())])
 
 

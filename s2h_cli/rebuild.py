@@ -25,12 +25,19 @@ Indices = dict[str, list[torch.Tensor | None]]
 
 def kept_indices(plan: Plan, device: torch.device | str = "cpu") -> Indices:
     """For each parameter, buffer and inserted gate, for each dimension, the kept indices (int64), or None where all stay."""
-    out: Indices = {}
     gates = {name: [parts if d == use.dim else None for d, parts in enumerate(plan.space.tensors[use.operand.name][0])]
              for name, use in plan.space.gates.items()}
+    cut: dict[tuple[str, int], np.ndarray] = {}
+    out: Indices = {}
     for name, dims in (plan.space.params | gates).items():
-        kept = [None if parts is None else plan.kept(parts) for parts in dims]
-        out[name] = [None if k is None or k.all() else torch.from_numpy(k).nonzero().squeeze(1).to(device) for k in kept]
+        out[name] = [None] * len(dims)
+        for dim, parts in enumerate(dims):
+            if parts is not None and not (kept := plan.kept(parts)).all():
+                cut[name, dim] = np.flatnonzero(kept)
+    if cut:  # all in one go: to a GPU each transfer makes the processor wait
+        together = torch.from_numpy(np.concatenate(list(cut.values()))).to(device)
+        for (name, dim), indices in zip(cut, together.split([len(kept) for kept in cut.values()])):
+            out[name][dim] = indices
     return out
 
 
