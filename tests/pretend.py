@@ -34,6 +34,9 @@ class Pretended(torch.Tensor):
     def tolist(self):  # torch has none for subclasses
         return self.cpu().tolist()
 
+    def __reduce_ex__(self, protocol):  # in a file that is loaded with map_location="cpu"
+        return self.inner.__reduce_ex__(protocol)
+
     @classmethod
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
         raise AssertionError(f"{func} outside of the mode")
@@ -56,11 +59,11 @@ class Machine(TorchDispatchMode):
         here = [isinstance(tensor, Pretended) for tensor in tensors]
         to = kwargs.get("device")
         on_device = any(here) if to is None else torch.device(to).type == DEVICE.type
-        moves = packet in (aten._to_copy, aten.copy_) and len(set(map(bool, [*here, on_device]))) > 1
+        moves = packet in (aten._to_copy, aten.copy_) and len({*here, on_device}) > 1 and str(to) != "meta"
         if any(here) and not all(here) and packet not in MIX:
             strangers = [tuple(tensor.shape) for tensor, own in zip(tensors, here) if not own and tensor.dim()]
             assert not strangers, f"{func} mixes the device with CPU tensors of shapes {strangers}"
-        if any(here) and (packet in WAITS or moves) or moves:
+        if moves and not kwargs.get("non_blocking") or any(here) and packet in WAITS:
             self._count(func)
         if to is not None:
             kwargs = {**kwargs, "device": torch.device(to) if not on_device else torch.device("cpu")}

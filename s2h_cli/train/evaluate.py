@@ -48,9 +48,9 @@ def restate(network: nn.Module, batches: list[torch.Tensor], device: torch.devic
 @torch.no_grad()
 def top1(network: Callable[[torch.Tensor], torch.Tensor], loader: Iterable[Batch], device: torch.device | str) -> float:
     """Share of images in percent, of those of all processes, whose largest logit is their class. `network` must be in eval mode."""
-    counts = torch.zeros(2, dtype=torch.float64, device=device)  # right, all
+    right, seen = torch.zeros((), dtype=torch.float64, device=device), 0
     for images, targets in loader:
-        right = network(images.to(device, non_blocking=True)).argmax(1) == targets.to(device, non_blocking=True)
-        counts += torch.stack([right.sum(), torch.tensor(len(right), device=device)])
-    right, images = distributed.total(counts).tolist()
-    return 100.0 * right / images
+        right += (network(images.to(device, non_blocking=True)).argmax(1) == targets.to(device, non_blocking=True)).sum()
+        seen += len(targets)
+    right, seen = distributed.total(torch.stack([right, torch.full_like(right, seen)])).tolist()
+    return 100.0 * right / seen
