@@ -14,10 +14,10 @@ import statistics
 import tempfile
 import time
 from collections import defaultdict
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Callable, Iterator
+from typing import Any, Callable, ContextManager, Iterator
 
 import numpy as np
 import torch
@@ -222,7 +222,7 @@ def compare(subjects: list[Subject], formats: list[str], batches: list[int], dev
         dict and the share of the first network's time (median by median), or {format, batch, network, failed}, the reason in one line.
     """
     rows = []
-    with torch.inference_mode(), exports.quiet(), _threads(threads):
+    with torch.inference_mode(), exports.quiet(), _threads(threads), _current(device):
         place = Place(device, threads)
         for format in formats:
             for batch in batches:
@@ -270,6 +270,11 @@ def _threads(count: int) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+def _current(device: torch.device) -> ContextManager:
+    """Makes a GPU the one that torch's timer waits for."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 # ---------------------------------------------------------------------------------------------------------------------

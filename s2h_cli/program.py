@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from .graph import tensors_of
+from .graph import tensors_of, to_device
 
 
 class Program:
@@ -115,7 +115,7 @@ def _attention_of_four_axes(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, m
 
 
 def cpu_copy(network: fx.GraphModule) -> fx.GraphModule:
-    return copy.deepcopy(network).cpu().eval()
+    return to_device(copy.deepcopy(network), "cpu").eval()
 
 
 def random_images(network: fx.GraphModule, n: int, input_size: tuple[int, int, int] | None = None) -> torch.Tensor:

@@ -116,13 +116,11 @@ def class_wise(logits: torch.Tensor, targets: torch.Tensor, temperature: float) 
     """
     classes = targets if targets.dim() == 1 else targets.argmax(1)
     order = classes.argsort(stable=True)
-    first = torch.ones_like(classes, dtype=torch.bool)
-    first[1:] = classes[order][1:] != classes[order][:-1]
-    last = first.roll(-1)
+    ordered = classes[order]
+    starts, ends = (torch.searchsorted(ordered, ordered, right=right) for right in (False, True))  # of each image's class
     # The image before in the class; the first one's is the last one.
     place = torch.arange(len(order), device=order.device)
-    ends = place[last][first.cumsum(0) - 1]
-    before = torch.where(first, ends, place - 1)
+    before = torch.where(place == starts, ends, place) - 1
     partner = torch.empty_like(order)
     partner[order] = order[before]
     z, theirs = logits / temperature, logits.detach()[partner] / temperature

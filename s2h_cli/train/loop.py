@@ -126,8 +126,8 @@ class Training:
         """The task's loss of these images: with a teacher, half of it is KL(teacher || network)."""
         if self.teacher is None:
             return self.criterion
-        with torch.no_grad():
-            wanted = self.teacher(images).log_softmax(1)
+        with torch.no_grad(), self.autocast():
+            wanted = self.teacher(images).float().log_softmax(1)
         return lambda logits, targets: 0.5 * self.criterion(logits, targets) + 0.5 * F.kl_div(
             logits.log_softmax(1), wanted, reduction="batchmean", log_target=True)
 
