@@ -4,10 +4,12 @@
     python benchmarks/gpu.py --output gpu.json --only 1,prune --minutes 4
     python benchmarks/gpu.py --output gpu.json --small
 
-Run it from a clone; s2h need not be installed. `--small` makes everything tiny, so that it runs on a CPU too. The items are in `ITEMS`. Each is
-a process of its own with a time limit, and gives rows of facts. FILE is written anew after every row, so a machine that goes away
-takes nothing with it. An item that fails or runs out of time keeps its rows and says why it ended. What needs a GPU is "skipped:
-no CUDA GPU" without one. The exit code is 1 if anything failed.
+Run it from a clone; s2h need not be installed. `--small` makes everything tiny, so that it runs on a CPU too.
+
+The items are in `ITEMS`. Each is a process of its own with a time limit, and gives rows of facts. FILE is written anew
+after every row, so a machine that goes away takes nothing with it. An item that fails or runs out of time keeps its
+rows and says why it ended. What needs a GPU is "skipped: no CUDA GPU" without one. The exit code is 1 if anything
+failed.
 """
 
 from __future__ import annotations
@@ -57,15 +59,37 @@ class Scale(NamedTuple):
     seconds: float  # of each format at each batch
 
 
-FULL = Scale(first=("resnet18", 64, 64), precisions=["fp32", "bf16, channels_last", "fp16", "compile"], main=[("resnet50", 224, 256)],
-             others=[("vit_small_patch16_224", 224, 256), ("resnet18", 32, 256)], steps=15, workers=[4, 8, 16], loader_images=4000,
-             prune=["resnet50", "--amp", "--channels-last", "--batch-size", "256", "--workers", "16"], prune_images=8000,
-             latency=("resnet50", 224), formats=["eager", "onnx", "compile"], batches=[1, 64, 256], seconds=2.0)
+FULL = Scale(
+    first=("resnet18", 64, 64),
+    precisions=["fp32", "bf16, channels_last", "fp16", "compile"],
+    main=[("resnet50", 224, 256)],
+    others=[("vit_small_patch16_224", 224, 256), ("resnet18", 32, 256)],
+    steps=15,
+    workers=[4, 8, 16],
+    loader_images=4000,
+    prune=["resnet50", "--amp", "--channels-last", "--batch-size", "256", "--workers", "16"],
+    prune_images=8000,
+    latency=("resnet50", 224),
+    formats=["eager", "onnx", "compile"],
+    batches=[1, 64, 256],
+    seconds=2.0,
+)
 #: Without --compile, which takes a compiler on a CPU more than a minute.
-SMALL = Scale(first=("resnet10t", 32, 4), precisions=["fp32", "bf16, channels_last", "fp16"], main=[("resnet10t", 32, 4)],
-              others=[("vit_tiny_patch16_224", 32, 4)], steps=2, workers=[0, 2], loader_images=40,
-              prune=["resnet10t", "--amp", "--channels-last", "--img-size", "32", "--batch-size", "8", "--workers", "2"], prune_images=40,
-              latency=("resnet10t", 32), formats=["eager", "onnx"], batches=[1, 4], seconds=0.1)
+SMALL = Scale(
+    first=("resnet10t", 32, 4),
+    precisions=["fp32", "bf16, channels_last", "fp16"],
+    main=[("resnet10t", 32, 4)],
+    others=[("vit_tiny_patch16_224", 32, 4)],
+    steps=2,
+    workers=[0, 2],
+    loader_images=40,
+    prune=["resnet10t", "--amp", "--channels-last", "--img-size", "32", "--batch-size", "8", "--workers", "2"],
+    prune_images=40,
+    latency=("resnet10t", 32),
+    formats=["eager", "onnx"],
+    batches=[1, 4],
+    seconds=0.1,
+)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -73,7 +97,9 @@ SMALL = Scale(first=("resnet10t", 32, 4), precisions=["fp32", "bf16, channels_la
 
 
 def steps(scale: Scale) -> Iterator[Row]:
-    """1: the machine; whether one step of each kind is right in each precision, and the lines at which it makes the processor wait."""
+    """1: the machine; whether one step of each kind is right in each precision, and the lines at which it makes
+    the processor wait.
+    """
     yield environment()
     import gpu_steps
     import torch
@@ -104,7 +130,19 @@ def big(scale: Scale) -> Iterator[Row]:
 
 def tests(scale: Scale) -> Iterator[Row]:
     """3: tests/test_cuda.py, a row for each test."""
-    command = [sys.executable, "-m", "pytest", "-o", "addopts=", "-p", "no:cacheprovider", "-v", "--tb=short", "--durations=0", "tests/test_cuda.py"]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-o",
+        "addopts=",
+        "-p",
+        "no:cacheprovider",
+        "-v",
+        "--tb=short",
+        "--durations=0",
+        "tests/test_cuda.py",
+    ]
     for row in spoken(command):
         if re.search(r"::|^E  |\d+ (passed|failed|skipped)", row["line"]):
             yield row
@@ -122,8 +160,20 @@ def loader(scale: Scale) -> Iterator[Row]:
     with tempfile.TemporaryDirectory() as folder:
         images = loader.open_splits(loader.make_images(Path(folder), scale.loader_images)).train
         for workers in scale.workers:
-            found = loader.speeds(images, folder, loader.Recipe(), img_size=224, batch_size=min(128, len(images)), workers=workers, repeat=2)
-            yield {"workers": workers, "images": len(images), **{f"{name}_images_per_second": max(each) for name, each in found.items()}}
+            found = loader.speeds(
+                images,
+                folder,
+                loader.Recipe(),
+                img_size=224,
+                batch_size=min(128, len(images)),
+                workers=workers,
+                repeat=2,
+            )
+            yield {
+                "workers": workers,
+                "images": len(images),
+                **{f"{name}_images_per_second": max(each) for name, each in found.items()},
+            }
 
 
 def prune(scale: Scale) -> Iterator[Row]:
@@ -135,14 +185,35 @@ def prune(scale: Scale) -> Iterator[Row]:
         make_images(Path(folder, "data"), scale.prune_images)
         yield {"images": scale.prune_images, "seconds": time.perf_counter() - started}
         output = Path(folder, "run")
-        command = [sys.executable, "-m", "s2h_cli", "prune", *scale.prune, "--no-pretrained", "--data", f"{folder}/data", "--flops", "0.35",
-                   "--epochs", "2", "--device", str(device()), "-o", str(output)]
+        command = [
+            sys.executable,
+            "-m",
+            "s2h_cli",
+            "prune",
+            *scale.prune,
+            "--no-pretrained",
+            "--data",
+            f"{folder}/data",
+            "--flops",
+            "0.35",
+            "--epochs",
+            "2",
+            "--device",
+            str(device()),
+            "-o",
+            str(output),
+        ]
         yield from spoken(command)
-        yield {"summary": (output / "summary.csv").read_text().splitlines(), "latency": json.loads((output / "bench.json").read_text())}
+        yield {
+            "summary": (output / "summary.csv").read_text().splitlines(),
+            "latency": json.loads((output / "bench.json").read_text()),
+        }
 
 
 def latencies(scale: Scale) -> Iterator[Row]:
-    """7: the latency of a network and of it cut to 0.35. ONNX Runtime is timed on the CPU, and last, where it is built for CPUs alone."""
+    """7: the latency of a network and of it cut to 0.35. ONNX Runtime is timed on the CPU, and last, where it
+    is built for CPUs alone.
+    """
     import onnxruntime
     import torch
     from s2h_cli import latency
@@ -157,8 +228,15 @@ def latencies(scale: Scale) -> Iterator[Row]:
         places["onnx"] = torch.device("cpu")
     for format in sorted(places, key=lambda format: places[format].type == "cpu"):
         for batch in scale.batches:
-            for row in latency.compare(subjects, [format], [batch], places[format], torch.get_num_threads(), scale.seconds):
-                yield {"model": model, "px": px, "place": latency.describe(places[format], torch.get_num_threads()), **row}
+            for row in latency.compare(
+                subjects, [format], [batch], places[format], torch.get_num_threads(), scale.seconds
+            ):
+                yield {
+                    "model": model,
+                    "px": px,
+                    "place": latency.describe(places[format], torch.get_num_threads()),
+                    **row,
+                }
 
 
 class Item(NamedTuple):
@@ -169,8 +247,15 @@ class Item(NamedTuple):
 
 
 #: In the order in which they run, numbered from 1.
-ITEMS = {"steps": Item(steps, 100), "big": Item(big, 60), "tests": Item(tests, 75), "others": Item(others, 65), "loader": Item(loader, 50),
-         "prune": Item(prune, 100), "latency": Item(latencies, 90)}
+ITEMS = {
+    "steps": Item(steps, 100),
+    "big": Item(big, 60),
+    "tests": Item(tests, 75),
+    "others": Item(others, 65),
+    "loader": Item(loader, 50),
+    "prune": Item(prune, 100),
+    "latency": Item(latencies, 90),
+}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -196,15 +281,29 @@ def environment() -> Row:
         except importlib.metadata.PackageNotFoundError:
             return None
 
-    found = {"python": platform.python_version(), "processors": os.cpu_count(), "packages": {package: version(package) for package in packages}}
+    found = {
+        "python": platform.python_version(),
+        "processors": os.cpu_count(),
+        "packages": {package: version(package) for package in packages},
+    }
     import torch
 
     if not torch.cuda.is_available():
         return {**found, "gpu": SKIPPED}
     about = torch.cuda.get_device_properties(0)
-    driver = subprocess.run(["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"], capture_output=True, text=True).stdout.strip()
-    return {**found, "gpu": about.name, "gpu_gb": about.total_memory / 1e9, "multiprocessors": about.multi_processor_count, "driver": driver,
-            "cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version(), "capability": f"{about.major}.{about.minor}"}
+    driver = subprocess.run(
+        ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"], capture_output=True, text=True
+    ).stdout.strip()
+    return {
+        **found,
+        "gpu": about.name,
+        "gpu_gb": about.total_memory / 1e9,
+        "multiprocessors": about.multi_processor_count,
+        "driver": driver,
+        "cuda": torch.version.cuda,
+        "cudnn": torch.backends.cudnn.version(),
+        "capability": f"{about.major}.{about.minor}",
+    }
 
 
 def speed(cases: list[Case], count: int, trials: tuple[bool, ...] = (False,)) -> Iterator[Row]:
@@ -221,13 +320,24 @@ def speed(cases: list[Case], count: int, trials: tuple[bool, ...] = (False,)) ->
         for trial in trials:
             torch.backends.cudnn.benchmark, plain = trial, None
             for kind in gpu_steps.KINDS:
-                what, run = {"model": case[0], "px": case[1], "batch": case[2], "cudnn.benchmark": trial, "kind": kind}, None
+                what, run = (
+                    {"model": case[0], "px": case[1], "batch": case[2], "cudnn.benchmark": trial, "kind": kind},
+                    None,
+                )
                 try:
                     run = gpu_steps.stepper(kind, setting, gpu_steps.PRECISIONS["bf16, channels_last"])
                     found = gpu_steps.times(run, count)
                     plain = plain or found["ms"]
-                    yield {**what, **found, "of_plain": found["ms"] / plain, "images_per_second": 1e3 * case[2] / found["ms"]}
-                    yield {**what, **(gpu_steps.kernels(run, found["ms"]) if torch.cuda.is_available() else {"busy": SKIPPED})}
+                    yield {
+                        **what,
+                        **found,
+                        "of_plain": found["ms"] / plain,
+                        "images_per_second": 1e3 * case[2] / found["ms"],
+                    }
+                    yield {
+                        **what,
+                        **(gpu_steps.kernels(run, found["ms"]) if torch.cuda.is_available() else {"busy": SKIPPED}),
+                    }
                 except Exception:
                     yield {**what, "failed": last_lines(traceback.format_exc())}
 
@@ -268,14 +378,20 @@ def run(name: str, item: Item, limit: float, small: bool, found: Row, told: Call
         rows, errors = Path(folder, "rows"), Path(folder, "errors")
         rows.touch()
         with errors.open("w") as stderr:
-            process = subprocess.Popen([sys.executable, __file__, "--output", str(rows), "--item", name, *["--small"] * small], cwd=ROOT, stdout=stderr,
-                                       stderr=stderr, start_new_session=True, env={**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"})
+            process = subprocess.Popen(
+                [sys.executable, __file__, "--output", str(rows), "--item", name, *["--small"] * small],
+                cwd=ROOT,
+                stdout=stderr,
+                stderr=stderr,
+                start_new_session=True,
+                env={**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"},
+            )
         try:
             over = False
             while not over:
                 over = process.poll() is not None or time.perf_counter() - started > limit
                 lines = rows.read_text().splitlines()
-                for line in lines[len(found["rows"]):]:
+                for line in lines[len(found["rows"]) :]:
                     found["rows"].append(json.loads(line))
                     print(f"  {line}", flush=True)
                     told()
@@ -287,23 +403,34 @@ def run(name: str, item: Item, limit: float, small: bool, found: Row, told: Call
                 os.killpg(process.pid, signal.SIGKILL)  # with the processes that it started
                 process.wait()
         found["seconds"] = round(time.perf_counter() - started, 1)
-        found["ended"] = "done" if code == 0 else f"out of time after {limit:.0f} s" if code is None else f"exit code {code}"
+        found["ended"] = (
+            "done" if code == 0 else f"out of time after {limit:.0f} s" if code is None else f"exit code {code}"
+        )
         if code != 0:
             found["error"] = last_lines(errors.read_text())
 
 
 def chosen(text: str | None) -> list[str]:
     names = list(ITEMS)
-    found = [names[int(word) - 1] if word.isdigit() and 0 < int(word) <= len(names) else word for word in (text or ",".join(names)).split(",")]
+    found = [
+        names[int(word) - 1] if word.isdigit() and 0 < int(word) <= len(names) else word
+        for word in (text or ",".join(names)).split(",")
+    ]
     if wrong := [word for word in found if word not in ITEMS]:
-        raise SystemExit(f"no item {wrong[0]}; choose from {', '.join(f'{i} {name}' for i, name in enumerate(names, 1))}")
+        raise SystemExit(
+            f"no item {wrong[0]}; choose from {', '.join(f'{i} {name}' for i, name in enumerate(names, 1))}"
+        )
     return found
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", required=True, metavar="FILE", type=Path)
-    parser.add_argument("--only", metavar="ITEMS", help="numbers or names, with commas: " + ", ".join(f"{i} {name}" for i, name in enumerate(ITEMS, 1)))
+    parser.add_argument(
+        "--only",
+        metavar="ITEMS",
+        help="numbers or names, with commas: " + ", ".join(f"{i} {name}" for i, name in enumerate(ITEMS, 1)),
+    )
     parser.add_argument("--minutes", type=float, default=9.0, help="of all items together")
     parser.add_argument("--small", action="store_true", help="everything tiny")
     parser.add_argument("--item", choices=ITEMS, help=argparse.SUPPRESS)
@@ -315,7 +442,9 @@ def main() -> None:
                 out.flush()
         return
 
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that the item that runs is ended too
+    signal.signal(
+        signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM)
+    )  # so that the item that runs is ended too
     started = time.perf_counter()
     record: Row = {"small": args.small, "items": {}}
 
@@ -333,11 +462,23 @@ def main() -> None:
             print(f"{name}: {ITEMS[name].rows.__doc__}", flush=True)
             found["ended"] = "the program was stopped"
             run(name, ITEMS[name], min(ITEMS[name].seconds, left), args.small, found, write)
-            print(f"  {found['ended']}, {found['seconds']} s", *[found[key] for key in ("error",) if key in found], sep="\n  ", flush=True)
+            print(
+                f"  {found['ended']}, {found['seconds']} s",
+                *[found[key] for key in ("error",) if key in found],
+                sep="\n  ",
+                flush=True,
+            )
             write()
-    bad = [name for name, found in record["items"].items() if found["ended"] != "done" or any("failed" in row for row in found["rows"])]
-    print(f"{args.output}: {len(record['items']) - len(bad)} of {len(record['items'])} items without a failure in {record['seconds']} s"
-          + (f"; look at {', '.join(bad)}" if bad else ""))
+    bad = [
+        name
+        for name, found in record["items"].items()
+        if found["ended"] != "done" or any("failed" in row for row in found["rows"])
+    ]
+    print(
+        f"{args.output}: {len(record['items']) - len(bad)} of {len(record['items'])} items without a failure "
+        f"in {record['seconds']} s"
+        + (f"; look at {', '.join(bad)}" if bad else "")
+    )
     raise SystemExit(bool(bad))
 
 

@@ -33,8 +33,12 @@ WARM_UP, COUNTED = 3, 3
 NAMED = 6
 KINDS = ("plain", "moving", "alone")
 #: By name, what a recipe then says.
-PRECISIONS = {"fp32": {}, "bf16, channels_last": {"amp": True, "channels_last": True}, "fp16": {"amp": True, "amp_dtype": "float16"},
-              "compile": {"compile": True}}
+PRECISIONS = {
+    "fp32": {},
+    "bf16, channels_last": {"amp": True, "channels_last": True},
+    "fp16": {"amp": True, "amp_dtype": "float16"},
+    "compile": {"compile": True},
+}
 #: What torch warns of where the processor waits for the GPU.
 WAITS = "called a synchronizing CUDA operation"
 
@@ -67,7 +71,8 @@ def setting(model: str, px: int, batch: int, device: torch.device) -> Setting:
 
 
 def stepper(kind: str, setting: Setting, options: Row) -> Stepper:
-    """A step of a kind, on a copy of the network: "plain" is torch alone, the others are s2h's; with the optimizer's update in all.
+    """A step of a kind, on a copy of the network: "plain" is torch alone, the others are s2h's; with the
+    optimizer's update in all.
 
     Args:
         options: of the recipe, see `PRECISIONS`.
@@ -114,7 +119,13 @@ def _ours(kind: str, setting: Setting, recipe: Recipe) -> Stepper:
 
 
 def _gradients(optimizers: list[torch.optim.Optimizer]) -> list[torch.Tensor]:
-    return [p.grad for optimizer in optimizers for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    return [
+        p.grad
+        for optimizer in optimizers
+        for group in optimizer.param_groups
+        for p in group["params"]
+        if p.grad is not None
+    ]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -146,12 +157,17 @@ def waits(run: Stepper) -> Row:
                 run.step()
         finally:
             torch.cuda.set_sync_debug_mode("default")
-    return {"waits_a_step": sum(found.values()) / COUNTED, "by_line": {line: count / COUNTED for line, count in found.most_common()}}
+    return {
+        "waits_a_step": sum(found.values()) / COUNTED,
+        "by_line": {line: count / COUNTED for line, count in found.most_common()},
+    }
 
 
 @contextmanager
 def counting_waits() -> Iterator[Counter[str]]:
-    """Counts torch's warnings of waits by the innermost line of s2h that is running, or the innermost of all where none is."""
+    """Counts torch's warnings of waits by the innermost line of s2h that is running, or the innermost of all
+    where none is.
+    """
     found: Counter[str] = Counter()
 
     def count(message: Warning | str, *_: Any) -> None:
@@ -167,7 +183,9 @@ def counting_waits() -> Iterator[Counter[str]]:
 
 
 def times(run: Stepper, count: int) -> Row:
-    """Milliseconds of `count` steps one after the other, from one end to the next on the GPU (on a CPU by its clock), and peak memory in GB."""
+    """Milliseconds of `count` steps one after the other, from one end to the next on the GPU (on a CPU by its
+    clock), and peak memory in GB.
+    """
     for _ in range(WARM_UP):
         run.step()
     if torch.cuda.is_available():
@@ -191,7 +209,8 @@ def times(run: Stepper, count: int) -> Row:
 
 
 def kernels(run: Stepper, ms: float) -> Row:
-    """What the GPU does in a step of so many milliseconds: the share of time that it is busy, its kernels, and those that take most of the time.
+    """What the GPU does in a step of so many milliseconds: the share of time that it is busy, its kernels, and
+    those that take most of the time.
 
     The profiler slows the processor down, not the kernels: so their time is taken as a share of a step without it.
     """
@@ -200,12 +219,19 @@ def kernels(run: Stepper, ms: float) -> Row:
         for _ in range(COUNTED):
             run.step()
         torch.cuda.synchronize()
-    events = [event for event in profiler.events() if event.device_type == torch.autograd.DeviceType.CUDA and not event.is_user_annotation]
+    events = [
+        event
+        for event in profiler.events()
+        if event.device_type == torch.autograd.DeviceType.CUDA and not event.is_user_annotation
+    ]
     spent: Counter[str] = Counter()
     for event in events:
         spent[event.name[:80]] += event.time_range.elapsed_us() / 1e3 / COUNTED
-    return {"busy": _covered([(event.time_range.start, event.time_range.end) for event in events]) / 1e3 / COUNTED / ms,
-            "kernels": len(events) / COUNTED, "ms_of": dict(spent.most_common(NAMED))}
+    return {
+        "busy": _covered([(event.time_range.start, event.time_range.end) for event in events]) / 1e3 / COUNTED / ms,
+        "kernels": len(events) / COUNTED,
+        "ms_of": dict(spent.most_common(NAMED)),
+    }
 
 
 def _covered(spans: list[tuple[float, float]]) -> float:

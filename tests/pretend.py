@@ -1,6 +1,7 @@
 """A GPU for tests on machines without one: tensors that say that they are on another device, and compute on the CPU.
 
-As on a GPU, a call that mixes the device with the CPU is an error, and what makes the processor wait for the device is counted.
+As on a GPU, a call that mixes the device with the CPU is an error, and what makes the processor wait for the device
+is counted.
 """
 
 import traceback
@@ -15,7 +16,14 @@ from torch.utils._pytree import tree_flatten, tree_map
 DEVICE = torch.device("lazy:0")
 aten = torch.ops.aten
 #: What gives the processor something that the device has computed: it waits.
-WAITS = (aten._local_scalar_dense, aten.nonzero, aten.masked_select, aten.unique_dim, aten._unique2, aten.repeat_interleave)
+WAITS = (
+    aten._local_scalar_dense,
+    aten.nonzero,
+    aten.masked_select,
+    aten.unique_dim,
+    aten._unique2,
+    aten.repeat_interleave,
+)
 #: These take index tensors, or numbers as tensors, from the CPU too.
 MIX = (aten.index, aten.index_put, aten.index_put_, aten._index_put_impl_, aten.copy_, aten._foreach_copy_)
 
@@ -25,8 +33,14 @@ class Pretended(torch.Tensor):
 
     @staticmethod
     def __new__(cls, inner: torch.Tensor):
-        return torch.Tensor._make_wrapper_subclass(cls, inner.size(), strides=inner.stride(), storage_offset=inner.storage_offset(),
-                                                   dtype=inner.dtype, device=DEVICE)
+        return torch.Tensor._make_wrapper_subclass(
+            cls,
+            inner.size(),
+            strides=inner.stride(),
+            storage_offset=inner.storage_offset(),
+            dtype=inner.dtype,
+            device=DEVICE,
+        )
 
     def __init__(self, inner: torch.Tensor):
         self.inner = inner
@@ -55,7 +69,10 @@ class Machine(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        packet, tensors = func.overloadpacket, [value for value in tree_flatten((args, kwargs))[0] if isinstance(value, torch.Tensor)]
+        packet, tensors = (
+            func.overloadpacket,
+            [value for value in tree_flatten((args, kwargs))[0] if isinstance(value, torch.Tensor)],
+        )
         here = [isinstance(tensor, Pretended) for tensor in tensors]
         to = kwargs.get("device")
         on_device = any(here) if to is None else torch.device(to).type == DEVICE.type
@@ -70,7 +87,12 @@ class Machine(TorchDispatchMode):
         inner = func(*tree_map(_inside, args), **tree_map(_inside, kwargs))
         if not on_device:
             return inner
-        return return_and_correct_aliasing(func, args, kwargs, tree_map(lambda value: Pretended(value) if isinstance(value, torch.Tensor) else value, inner))
+        return return_and_correct_aliasing(
+            func,
+            args,
+            kwargs,
+            tree_map(lambda value: Pretended(value) if isinstance(value, torch.Tensor) else value, inner),
+        )
 
     def _count(self, func) -> None:
         frames = [frame for frame in traceback.extract_stack() if "s2h_cli" in Path(frame.filename).parts]

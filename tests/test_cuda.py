@@ -1,4 +1,5 @@
-"""The real entry points on a GPU; skipped where there is none. (With S2H_TEST_GPU=cpu in the environment they run on the CPU, and hold too.)
+"""The real entry points on a GPU; skipped where there is none. (With S2H_TEST_GPU=cpu in the environment they run
+on the CPU, and hold too.)
 
 One run writes every format; the others none, since what is exported is on the CPU by then.
 """
@@ -40,7 +41,9 @@ def checked(here):
     plan = json.loads((here / "run" / "plan.json").read_text())
     top1 = plan["results"]["top1"]
     assert plan["macs"]["ratio"] <= 0.4
-    assert any(top1["exported"] == pytest.approx(top1[kind], abs=7) for kind in ("hard", "ema") if kind in top1)  # one of 16 images
+    assert any(
+        top1["exported"] == pytest.approx(top1[kind], abs=7) for kind in ("hard", "ema") if kind in top1
+    )  # one of 16 images
     return plan["results"]
 
 
@@ -49,8 +52,19 @@ def test_a_run_on_a_gpu_ends_with_files_that_are_right_on_a_cpu(here):
     assert set(checked(here)["files"]) == {"model.safetensors", "model.ts", "model.onnx", "model.pt2"}
 
 
-@pytest.mark.parametrize("options", [["--amp", "--channels-last"], ["--amp", "--amp-dtype", "float16"], ["--compile"], ["--ema", "0.9", "--mixup", "0.2"],
-                                     ["--amp", "--teacher", "start", "--weights", "net.pth"], ["--method", "stp"], ["--method", "epsd"]], ids=" ".join)
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--amp", "--channels-last"],
+        ["--amp", "--amp-dtype", "float16"],
+        ["--compile"],
+        ["--ema", "0.9", "--mixup", "0.2"],
+        ["--amp", "--teacher", "start", "--weights", "net.pth"],
+        ["--method", "stp"],
+        ["--method", "epsd"],
+    ],
+    ids=" ".join,
+)
 def test_every_kind_of_run_works_on_a_gpu(here, no_exports, options):
     names = {}
     exec((here / "net.py").read_text(), names)
@@ -75,7 +89,25 @@ def test_a_run_on_a_gpu_goes_on_where_it_stopped(here, no_exports):
 def test_gpu_and_cpu_take_the_same_first_steps(here, no_exports):
     found = {}
     for name, device in (("gpu", GPU), ("cpu", "cpu")):  # without dropout, whose random numbers are each device's own
-        assert s2h("prune", "net.py:plain", *PRUNE[2:-1], device, "--epochs", "1", "-o", f"on-{name}", "--method", "uniform", "--opt", "sgd", "--lr", "0.01") == 0
+        assert (
+            s2h(
+                "prune",
+                "net.py:plain",
+                *PRUNE[2:-1],
+                device,
+                "--epochs",
+                "1",
+                "-o",
+                f"on-{name}",
+                "--method",
+                "uniform",
+                "--opt",
+                "sgd",
+                "--lr",
+                "0.01",
+            )
+            == 0
+        )
         found[name] = float(rows(here / f"on-{name}")[0]["loss_task"])
     assert found["gpu"] == pytest.approx(found["cpu"], rel=1e-2)
 
@@ -86,7 +118,10 @@ def test_time_on_a_gpu_is_that_of_the_work_not_of_the_call(here, format):
     source = load_source("net.py:build", num_classes=4, pretrained=False, img_size=64)
     network = capture(source.module, source.input_size).network
     subject = latency.Subject("net", source.input_size, network)
-    found = {row["batch"]: row["timing"]["median"] for row in latency.compare([subject], [format], [8, MANY], torch.device(GPU), 1, 0.5)}
+    found = {
+        row["batch"]: row["timing"]["median"]
+        for row in latency.compare([subject], [format], [8, MANY], torch.device(GPU), 1, 0.5)
+    }
     assert found[MANY] > 2 * found[8]
 
 

@@ -1,4 +1,6 @@
-"""Training on a device that is not the CPU, pretended (see `pretend`): nothing mixes the two, and a step hardly ever waits for the device."""
+"""Training on a device that is not the CPU, pretended (see `pretend`): nothing mixes the two, and a step hardly
+ever waits for the device.
+"""
 
 from contextlib import nullcontext
 
@@ -11,7 +13,19 @@ from s2h_cli import cli, run
 from s2h_cli.graph import tensors_of, to_device
 from s2h_cli.train import loop
 
-CAREFUL = ["--ema", "0.9", "--mixup", "0.2", "--clip-grad", "1", "--grad-accum-steps", "2", "--batch-size", "8", "--channels-last"]
+CAREFUL = [
+    "--ema",
+    "0.9",
+    "--mixup",
+    "0.2",
+    "--clip-grad",
+    "1",
+    "--grad-accum-steps",
+    "2",
+    "--batch-size",
+    "8",
+    "--channels-last",
+]
 TAUGHT = ["--teacher", "start", "--weights", "net.pth"]
 
 
@@ -22,6 +36,7 @@ class Trained(BaseException):
 @pytest.fixture
 def trained(here, monkeypatch):
     """Trains with these options, and gives the small network."""
+
     def finish(config, budget, folder, ending, job, *_):
         raise Trained(to_device(job.method.parts[ending].result(), "cpu"))
 
@@ -45,8 +60,11 @@ def machine(monkeypatch):
         yield machine
 
 
-@pytest.mark.parametrize("options", [[], CAREFUL, TAUGHT, ["--flops", "0.4,0.7"], *(["--method", name] for name in ("stp", "epsd", "random"))],
-                         ids=lambda options: " ".join(options) or "plain")
+@pytest.mark.parametrize(
+    "options",
+    [[], CAREFUL, TAUGHT, ["--flops", "0.4,0.7"], *(["--method", name] for name in ("stp", "epsd", "random"))],
+    ids=lambda options: " ".join(options) or "plain",
+)
 def test_a_run_on_a_device_never_mixes_it_with_the_cpu(here, trained, machine, options):
     names = {}
     exec((here / "net.py").read_text(), names)
@@ -83,7 +101,9 @@ def test_a_step_waits_for_the_device_three_times_while_masks_move_and_never_afte
 
 
 def test_no_gradient_asks_for_a_number(trained, monkeypatch):
-    """Inside of torch a gradient may look at its numbers, as that of `prod` does; to a GPU that is a wait which no Python line shows."""
+    """Inside of torch a gradient may look at its numbers, as that of `prod` does; to a GPU that is a wait which
+    no Python line shows.
+    """
     found, forward_backward = [], loop.Training.forward_backward
 
     def watched(*args):
@@ -101,7 +121,11 @@ def test_no_gradient_asks_for_a_number(trained, monkeypatch):
 def test_the_pretended_device_refuses_what_a_gpu_refuses():
     with Machine() as machine:
         there = torch.ones(3).to(DEVICE)
-        for wrong in (lambda: there + torch.ones(3), lambda: torch.index_select(there, 0, torch.tensor([1])), lambda: torch.ones(2, 3) @ there):
+        for wrong in (
+            lambda: there + torch.ones(3),
+            lambda: torch.index_select(there, 0, torch.tensor([1])),
+            lambda: torch.ones(2, 3) @ there,
+        ):
             with pytest.raises(AssertionError, match="mixes the device with CPU tensors"):
                 wrong()
         with pytest.raises((TypeError, RuntimeError)):
