@@ -23,7 +23,7 @@ from torch import nn
 
 from .graph import RECURRENT
 from .labels import Dim
-from .rules import Tensor
+from .rules import Tensor, einsum_axes
 
 Axis = tuple[int, Dim]
 #: A product: a constant times the number of kept indices of each axis.
@@ -53,11 +53,7 @@ def _attention(args: tuple, out: Tensor) -> list[Product]:
 
 
 def _einsum(args: tuple, out: Tensor) -> list[Product]:
-    inputs, _, output = args[0].replace(" ", "").partition("->")
-    axes = {letter: axis for letters, tensor in zip(inputs.split(","), args[1]) for letter, axis in zip(letters, _axes(tensor))}
-    if "." in inputs:
-        return [(contracted(args[0], [t.shape for t in args[1]]), _axes(out))]
-    return [(1, _axes(out) + [axis for letter, axis in axes.items() if letter not in output])]
+    return [(1, _axes(out) + _contracted(args[0], [_axes(t) for t in args[1]], [t.shape for t in args[1]]))]
 
 
 def _recurrent(args: tuple, out: Tensor) -> list[Product]:
@@ -81,15 +77,11 @@ def _transposed_conv(args: tuple, out: Tensor) -> list[Product]:
     return [(1, _axes(args[0]) + _axes(args[1], 1))]
 
 
-def contracted(equation: str, shapes: list[tuple[int, ...]]) -> int:
-    """Number of terms that each output of an einsum sums over."""
-    inputs, _, output = equation.replace(" ", "").partition("->")
-    sizes = {}
-    for letters, shape in zip(inputs.split(","), shapes):
-        left, dots, right = letters.partition("...")
-        sizes.update(zip(left, shape))
-        sizes.update(zip(right[::-1], shape[::-1]))
-    return math.prod(size for letter, size in sizes.items() if letter not in output)
+def _contracted(equation: str, operands: list[list[Any]], shapes: list[tuple[int, ...]]) -> list[Any]:
+    """What is given for each axis of the operands of an einsum: of those axes that its output lacks."""
+    inputs, output = einsum_axes(equation, shapes)
+    found = {name: axis for names, axes in zip(inputs, operands) for name, axis in zip(names, axes)}
+    return [axis for name, axis in found.items() if name not in output]
 
 
 FORMULAS: dict[str, Callable[[tuple, Tensor], list[Product]]] = {
@@ -201,8 +193,8 @@ def count_macs(network: nn.Module, input_size: tuple[int, int, int]) -> dict[str
         "aten::matmul": lambda i, o: math.prod(_sizes(o[0])) * _sizes(i[0])[-1],
         "aten::baddbmm": lambda i, o: math.prod(_sizes(o[0])) * _sizes(i[1])[-1],
         **dict.fromkeys((f"aten::{op}" for op in RECURRENT), _recurrent_handle),
-        "aten::einsum": lambda i, o: math.prod(_sizes(o[0])) * contracted(
-            i[0].toIValue(), [_sizes(value) for value in i[1].node().inputs()]),
+        "aten::einsum": lambda i, o: math.prod(_sizes(o[0])) * math.prod(
+            _contracted(i[0].toIValue(), *[[_sizes(value) for value in i[1].node().inputs()]] * 2)),
     })
     analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False).tracer_warnings("none")
     with warnings.catch_warnings():

@@ -4,10 +4,12 @@ The canonical graph is the only forward definition in the program. `torch.export
 back into ordinary PyTorch: layers that own parameters are `torch.nn` modules at their original dotted names, the rest are
 plain functions. The same graph, given full, gated or sliced parameters, is soft network, hard network and result.
 
-Every call node keeps four facts in `node.meta`, from which labels and cost are read:
+Every call node keeps these facts in `node.meta`, from which labels and cost are read:
 
 * `op`: the ATen operator's name without overload and without the in-place underscore, e.g. `"conv2d"`;
 * `args`: its ATen arguments in schema order, defaults filled in, tensors as `Ref` (a node) or `Param` (a parameter or buffer);
+* `names`: the names of these arguments in the schema;
+* `pointwise`: whether PyTorch says of the operator that it works on each element apart;
 * `layer`: the layer's name for tables, e.g. `"layer1.0.conv1"`;
 * `shape`: the output's shape (a list of shapes for several outputs) at the batch size `network.meta["batch"]`, which stands for
   the free batch: a prime that divides no other size of the network. (`network.meta["static_batch"]` is None, or the one batch
@@ -139,6 +141,10 @@ FUNCTIONS: dict[str, str] = {
 
 #: ATen operators that only give a tensor another shape: written as one `torch.reshape`.
 RESHAPES = ("view", "reshape", "_unsafe_view", "unflatten", "flatten", "squeeze", "unsqueeze", "reshape_as", "view_as")
+#: Operators that cut one axis into pieces: written as one `torch.split`.
+SPLITS = ("split", "chunk", "split_with_sizes", "tensor_split", "unsafe_split", "unsafe_chunk", "unsafe_split_with_sizes")
+#: Operators that make a tensor of one value, or of random ones, by the position of the argument that holds its size.
+FILLED = {"empty": 0, "full": 0, "ones": 0, "rand": 0, "randn": 0, "zeros": 0, "new_empty": 1, "new_full": 1, "new_ones": 1, "new_zeros": 1}
 #: Recurrent layers; they take the same arguments.
 RECURRENT = ("lstm", "gru", "rnn_tanh", "rnn_relu")
 #: Nodes that only check shapes at run time; they go.
@@ -369,7 +375,8 @@ class _Canonical:
         if _is_identity(op, args, node):
             return self._value(args[0])
         new = self._layer(node, op, args) or self._function(node, op, args)
-        new.meta.update(op=op, shape=self._shape(node), layer=self._layer_name(node, args), args=fx.node.map_aggregate(tuple(args), self._reference))
+        new.meta.update(op=op, shape=self._shape(node), layer=self._layer_name(node, args), pointwise=_is_pointwise(node), names=_argument_names(node),
+                        args=fx.node.map_aggregate(tuple(args), self._reference))
         new.name = node.name
         if _mutates(node) and not _mutates(new):
             # The model changed its input in place; here a new value takes its place for every later reader.
@@ -490,7 +497,7 @@ class _Canonical:
             return self.graph.call_method("size", (self._value(args[0]), args[1]))
         if op in RESHAPES:
             return self._reshape(node, op, args)
-        if op in ("split", "chunk", "split_with_sizes"):
+        if op in SPLITS:
             dim = args[2] if len(args) > 2 else 0
             sizes = [value.shape[dim] for value in node.meta["val"]]
             return self.graph.call_function(torch.split, (self._value(args[0]), sizes, dim))
@@ -550,6 +557,14 @@ def aten_call(node: fx.Node) -> tuple[str, list]:
     if name.endswith("_") and not name.startswith("_"):
         name = name[:-1]
     return name, args
+
+
+def _argument_names(node: fx.Node) -> list[str]:
+    return [argument.name for argument in node.target._schema.arguments] if isinstance(node.target, torch._ops.OpOverload) else []
+
+
+def _is_pointwise(node: fx.Node) -> bool:
+    return isinstance(node.target, torch._ops.OpOverload) and torch.Tag.pointwise in node.target.tags
 
 
 def _is_identity(op: str, args: list, node: fx.Node) -> bool:

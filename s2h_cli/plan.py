@@ -419,14 +419,17 @@ def _counted(network: fx.GraphModule, labelled: Labelled) -> Iterator[tuple[Laye
             continue
         axis = channel_axis(node.meta["op"])
         batch = network.meta["batch"]
-        channels = [_of_image(t.shape[axis], t.dims[axis], batch) if isinstance(t, Tensor) else (0, None) for t in (args[0], out)]
+        channels = [_channel_axis(t, axis, batch) for t in (args[0], out)]
         # For one image: an axis that holds the batch (some models multiply over the batch, twice) counts for one.
         yield Layer(node.name, node.meta["layer"], node.meta["op"], *channels), [
             (n / batch ** sum(size % batch == 0 for size, _ in axes), axes) for n, axes in products]
 
 
-def _of_image(size: int, dim: Dim, batch: int) -> tuple[int, Dim]:
-    """An axis of a whole batch, or one that holds the channels of each of its images: that of one image."""
+def _channel_axis(tensor: Any, axis: int, batch: int) -> tuple[int, Dim]:
+    """Size and labels of an axis. Of one that holds the channels of each image of a batch, those of one image."""
+    if not isinstance(tensor, Tensor) or not -len(tensor.shape) <= axis < len(tensor.shape):
+        return 0, None
+    size, dim = tensor.shape[axis], tensor.dims[axis]
     return (size // batch, dim if dim is None else dim[:size // batch]) if size % batch == 0 else (size, dim)
 
 

@@ -8,6 +8,7 @@ weights; `rebuild` gives it sliced weights of its own. There is no other way to 
 from __future__ import annotations
 
 import copy
+import functools
 import operator
 from typing import TYPE_CHECKING, Any, Callable
 
@@ -15,7 +16,7 @@ import numpy as np
 import torch
 from torch import fx, nn
 
-from .graph import RESHAPES, tensors_of
+from .graph import FILLED, RESHAPES, SPLITS, tensors_of
 
 if TYPE_CHECKING:
     from .plan import Plan, Space
@@ -248,6 +249,10 @@ def _reshape_call(node: fx.Node, sizes: Sizes) -> dict[int, Any]:
     return {1: [sizes.count(node, axis) if isinstance(s, int) and s != -1 else s for axis, s in enumerate(node.args[1])]}
 
 
+def _sizes_call(position: int, node: fx.Node, sizes: Sizes) -> dict[int, Any]:
+    return {position: [sizes.count(node, axis) for axis in range(len(node.args[position]))]}
+
+
 def _split_call(node: fx.Node, sizes: Sizes) -> dict[int, Any]:
     return {1: [sizes.count(node, node.args[2], which) for which in range(len(node.args[1]))]}
 
@@ -271,7 +276,8 @@ def _conv_call(node: fx.Node, sizes: Sizes) -> dict[int, Any]:
 
 CALLS: dict[str, Callable[[fx.Node, Sizes], dict[int, Any]]] = {
     **dict.fromkeys(RESHAPES, _reshape_call),
-    **dict.fromkeys(("split", "chunk", "split_with_sizes"), _split_call),
+    **dict.fromkeys(SPLITS, _split_call),
+    **{op: functools.partial(_sizes_call, position) for op, position in FILLED.items()},
     "slice": _slice_call,
     **dict.fromkeys(("layer_norm", "rms_norm"), _layer_norm_call),
     **dict.fromkeys(("conv1d", "conv2d", "conv3d"), _conv_call),

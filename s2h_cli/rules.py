@@ -8,6 +8,7 @@ wrongly.
 from __future__ import annotations
 
 import fnmatch
+import functools
 import re
 from dataclasses import dataclass, replace
 from typing import Any, Callable, Iterator, NamedTuple
@@ -16,7 +17,7 @@ import numpy as np
 from torch import fx
 
 from .errors import UserError
-from .graph import RECURRENT, RESHAPES, Param, Ref, tensors_of
+from .graph import FILLED, RECURRENT, RESHAPES, SPLITS, Param, Ref, tensors_of
 from .labels import FIXED, Dim, Labels
 
 
@@ -45,7 +46,8 @@ class Use(NamedTuple):
 
 @dataclass
 class Call:
-    """One operator call as a rule sees it. `args` hold `Tensor`s in place of tensors; `outputs` are the shapes of the results."""
+    """One operator call as a rule sees it. `args` hold `Tensor`s in place of tensors; `names` are what the operator's schema calls
+    them; `outputs` are the shapes of the results; `pointwise`: see `graph`."""
 
     op: str
     args: tuple
@@ -55,11 +57,24 @@ class Call:
     reads: list[Use]
     writes: list[Use]
     batch: int
+    names: list[str]
+    pointwise: bool
     prune_head_dim: bool = False
 
     @property
     def shape(self) -> tuple[int, ...]:
         return self.outputs[0]
+
+    def named(self, *names: str) -> Any:
+        """The first argument of one of these names.
+
+        Raises:
+            NoRule: the operator has no such argument.
+        """
+        try:
+            return next(value for name, value in zip(self.names, self.args) if name in names)
+        except StopIteration:
+            raise NoRule from None
 
     def part(self, args: tuple, shape: tuple[int, ...]) -> "Call":
         """The same call on other tensors: some of the axes."""
@@ -118,7 +133,7 @@ def propagate(network: fx.GraphModule, exclude: tuple[str, ...] = (), prune_head
         if isinstance(value, Param):
             if value.name not in params:
                 data = state[value.name]
-                fresh = [labels.fresh(n) if n > 1 and data.is_floating_point() else None for n in data.shape]
+                fresh = [labels.fresh(n) if n > 1 else None for n in data.shape]
                 params[value.name] = Tensor(tuple(data.shape), tuple(fresh), value, weight=True)
             return params[value.name]
         return value
@@ -143,7 +158,7 @@ def propagate(network: fx.GraphModule, exclude: tuple[str, ...] = (), prune_head
             outputs = list(shape) if isinstance(shape, list) else [shape]
             args = fx.node.map_aggregate(args, labelled)
             call = Call(node.meta["op"], args, outputs, labels, node.name, out.reads, out.writes,
-                        network.meta["batch"], prune_head_dim)
+                        network.meta["batch"], node.meta["names"], node.meta["pointwise"], prune_head_dim)
             results = _labels_of(call, out.unknown)
             if any(source.meta.get("shape") is None for source in node.all_input_nodes) and not call.op.startswith("conv"):
                 # Sizes that are computed from the batch, as batch * 32: the 32 may count channels.
@@ -168,11 +183,14 @@ def _labels_of(call: Call, unknown: dict[str, list[str]]) -> list[tuple[Dim, ...
     taken back, what enters the call is frozen, and the operator is named in `unknown`."""
     before, reads, writes = call.labels.mark(), len(call.reads), len(call.writes)
     try:
-        dims = RULES[call.op](call)
+        rule = RULES.get(call.op, elementwise if call.pointwise else None)
+        if rule is None:
+            raise NoRule
+        dims = rule(call)
         results = dims if isinstance(dims, list) else [dims]
         if all(_fits(d, shape) for d, shape in zip(results, call.outputs, strict=True)):
             return results
-    except Exception:  # a call that the rule's author did not think of: KeyError, IndexError, ...
+    except Exception:  # NoRule, or a call that the rule's author did not think of
         pass
     call.labels.take_back(before)
     del call.reads[reads:], call.writes[writes:]
@@ -199,8 +217,13 @@ def no_rule_for(op: str) -> str:
 
 
 def constant(call: Call) -> tuple[Dim, ...]:
-    """Makes a tensor of its own; of its input it takes the type alone."""
+    """Makes a tensor of its own, whose values differ from index to index; of its input it takes the type alone."""
     return (None,) * len(call.shape)
+
+
+def filled(call: Call) -> tuple[Dim, ...]:
+    """Makes a tensor of one value, or of random ones, which can have any size."""
+    return tuple(call.labels.fresh(size) if size > 1 else None for size in call.shape)
 
 
 def elementwise(call: Call) -> tuple[Dim, ...]:
@@ -220,18 +243,22 @@ def elementwise(call: Call) -> tuple[Dim, ...]:
     return tuple(out)
 
 
-def spatial(call: Call) -> tuple[Dim, ...]:
-    """Pooling, resizing: the last d axes must be unlabelled, d being the operator's (`max_pool2d`: two); the others pass."""
+def spatial(call: Call) -> list[tuple[Dim, ...]]:
+    """Pooling, resizing, with indices or without: the last d axes must be unlabelled, d being the operator's (`max_pool2d`: two);
+    the others pass."""
     x = call.args[0]
     channels = len(x.shape) - int(re.search(r"(\d)d", call.op)[1])
-    return tuple(dim if i < channels else _stay_whole(call, dim, f"{call.op} over channels") for i, dim in enumerate(x.dims))
+    for dim in x.dims[channels:]:
+        call.labels.freeze(dim, f"{call.op} over channels")
+    return [(*x.dims[:channels], *(None,) * (len(x.dims) - channels)) for _ in call.outputs]
 
 
 def conv(call: Call) -> tuple[Dim, ...]:
     """Reads dim 1 of the weight, writes dim 0."""
     x, weight, bias = call.args[:3]
     channels, rows, columns = x.dims[1], weight.dims[0], weight.dims[1]
-    for dim in (*x.dims[2:], *weight.dims[2:]):
+    positions = [dim if _is_one_position(call, i) else _stay_whole(call, dim, "spatial positions of a convolution") for i, dim in enumerate(x.dims[2:])]
+    for dim in weight.dims[2:]:
         call.labels.freeze(dim, "spatial positions of a convolution")
     per_group = weight.shape[1]
     groups = x.shape[1] // per_group
@@ -240,19 +267,32 @@ def conv(call: Call) -> tuple[Dim, ...]:
     if groups == 1:
         call.labels.join(channels, columns, "input of a layer that cannot be cut")
         _read(call, weight, 1)
-    elif of_image >= per_group:  # whole groups are the unit (depthwise: groups of one channel)
+    elif of_image >= per_group or _is_repeated(channels, groups):  # whole groups are the unit (depthwise: groups of one channel)
         call.labels.freeze(columns, "inside one group of a grouped convolution")
         unit = _tie(call, channels, (groups, per_group), axis=1)
         rows_unit = _tie(call, rows, (groups, -1), axis=1)
         call.labels.join(unit, rows_unit, "input of a grouped convolution that cannot be cut")
+        rows = None if rows is None else np.repeat(rows_unit, len(rows) // groups)
     else:  # few wide groups: position j is cut in each of them
         call.labels.join(_tie(call, channels, (groups, per_group), axis=0), columns, "input of a layer that cannot be cut")
         _tie(call, rows, (groups, -1), axis=0)
         _read(call, weight, 1)
     _write(call, weight, 0)
     if bias is not None:
-        call.labels.join(rows, bias.dims[0])
-    return (x.dims[0], rows, *(None,) * (len(call.shape) - 2))
+        call.labels.join(weight.dims[0], bias.dims[0])
+    return (x.dims[0], rows, *positions)
+
+
+def _is_one_position(call: Call, i: int) -> bool:
+    """Whether a convolution sees one position at a time along its i-th axis of space, and every one once."""
+    weight, (stride, padding) = call.args[1], call.args[3:5]
+    of_axis = lambda values: values[i % len(values)]  # noqa: E731: one value stands for all axes
+    return weight.shape[2 + i] == 1 and of_axis(stride) == 1 and (isinstance(padding, str) or of_axis(padding) == 0)
+
+
+def _is_repeated(dim: Dim, groups: int) -> bool:
+    """Whether the labels are the same all over each group."""
+    return dim is not None and bool((dim.reshape(groups, -1) == dim.reshape(groups, -1)[:, :1]).all())
 
 
 def transposed_conv(call: Call) -> tuple[Dim, ...]:
@@ -299,13 +339,43 @@ def add_product(call: Call) -> tuple[Dim, ...]:
     return elementwise(call.part((bias, Tensor(call.shape, dims)), call.shape))
 
 
+def einsum_axes(equation: str, shapes: list[tuple[int, ...]]) -> tuple[list[list[str]], list[str]]:
+    """Names of the axes of each operand of an einsum, and of its output. Those behind `...` are called by their place from the right."""
+    inputs, arrow, output = equation.replace(" ", "").partition("->")
+    named = []
+    for letters, shape in zip(inputs.split(","), shapes, strict=True):
+        left, dots, right = letters.partition("...")
+        rest = len(shape) - len(left) - len(right) if dots else 0
+        named.append([*left, *(f".{i}" for i in reversed(range(rest))), *right])
+    dotted = max(([name for name in names if name[0] == "."] for names in named), key=len)
+    if not arrow:
+        letters = [name for names in named for name in names if name[0] != "."]
+        output = "..." + "".join(sorted(name for name in letters if letters.count(name) == 1))
+    left, dots, right = output.partition("...")
+    return named, [*left, *(dotted if dots else []), *right]
+
+
 def einsum(call: Call) -> tuple[Dim, ...]:
+    """Operands from left to right; axes that a later operand or the output has are contracted with that operand."""
     equation, operands = call.args[:2]
-    inputs, _, output = equation.replace(" ", "").partition("->")
-    letters = inputs.split(",")
-    if len(operands) != 2 or "." in equation or "->" not in equation or any(len(set(x)) < len(x) for x in letters):
-        raise NoRule
-    return _contract(call, *operands, *map(list, letters), list(output))
+    inputs, output = einsum_axes(equation, [t.shape for t in operands])
+    if any(len(set(names)) < len(names) for names in (*inputs, output)):
+        raise NoRule  # a diagonal
+    for i, names in enumerate(inputs):
+        later = {name for other in (*inputs[i + 1:], output) for name in other}
+        if i == 0:
+            made, axes = operands[0], names
+            continue
+        sizes = {**dict(zip(names, operands[i].shape)), **{n: size for n, size in zip(axes, made.shape) if size > 1}}
+        left = output if i == len(inputs) - 1 else [name for name in dict.fromkeys(axes + names) if name in later]
+        if len(inputs) > 2 and not set(axes + names) <= set(left):
+            raise NoRule  # a gate on the contracted operand of more than two would have no one place
+        dims = _contract(call, made, operands[i], axes, names, left)
+        made, axes = Tensor(tuple(sizes[name] for name in left), dims, weight=made.weight and operands[i].weight), left
+    dims = dict(zip(axes, made.dims))
+    for name in dims.keys() - set(output):
+        call.labels.freeze(dims[name], "einsum sums over channels")
+    return tuple(dims[name] for name in output)
 
 
 def _contract(call: Call, a: Tensor, b: Tensor, of_a: list[str], of_b: list[str], out: list[str]) -> tuple[Dim, ...]:
@@ -536,17 +606,39 @@ def reduce_twice(call: Call) -> list[tuple[Dim, ...]]:
     return [reduce(call.part(call.args, shape)) for shape in call.outputs]
 
 
-def along(call: Call) -> tuple[Dim, ...]:
-    """Softmax and others that mix one dimension and keep the shape."""
-    x, axis = call.args[:2]
-    axis %= len(x.shape)
-    return tuple(_stay_whole(call, dim, f"{call.op} over channels") if i == axis else dim for i, dim in enumerate(x.dims))
+def along(call: Call) -> list[tuple[Dim, ...]]:
+    """Works along the axes that its argument `dim` names, and on each index of the other axes apart, in all its tensors alike: the
+    labels along these axes are frozen, the others pass to each output."""
+    tensors = [t for t in _tensors(call.args) if t.shape]
+    rank = len(tensors[0].shape)
+    axes = call.named("dim", "dims")
+    axes = {axis % rank for axis in ([axes] if type(axes) is int else axes or range(rank))}
+    others = [i for i in range(rank) if i not in axes]
+    if any([t.shape[i] for i in others] != [tensors[0].shape[i] for i in others] for t in tensors):
+        raise NoRule  # `scatter` with few indices, say, which touches the first rows alone
+    passed: list[Dim] = [None] * rank
+    for i in range(rank):
+        if i in axes:
+            for tensor in tensors:
+                call.labels.freeze(tensor.dims[i], f"{call.op} over channels")
+        else:
+            passed[i] = functools.reduce(call.labels.join, [t.dims[i] for t in tensors])
+    return [tuple(passed) if len(shape) == rank else tuple(passed[i] for i in others) for shape in call.outputs]
 
 
-def roll(call: Call) -> tuple[Dim, ...]:
-    x, axes = call.args[0], call.args[-1]
-    axes = {axis % len(x.shape) for axis in axes} or set(range(len(x.shape)))
-    return tuple(_stay_whole(call, dim, f"{call.op} over channels") if i in axes else dim for i, dim in enumerate(x.dims))
+def grid_sampler(call: Call) -> tuple[Dim, ...]:
+    """Picks from all places of (N, C, ...) those that a grid (N, ..., 2 or 3) names."""
+    x, grid = call.args[:2]
+    for dim in (*x.dims[2:], *grid.dims[1:]):
+        call.labels.freeze(dim, "grid_sampler over channels")
+    return (call.labels.join(x.dims[0], grid.dims[0]), x.dims[1], *(None,) * (len(call.shape) - 2))
+
+
+def channel_shuffle(call: Call) -> tuple[Dim, ...]:
+    """(groups, channels of a group) turned round. The number of groups stays; position j is cut in each of them."""
+    x, groups = call.args
+    positions = _tie(call, x.dims[1], (groups, -1), axis=0)
+    return (x.dims[0], None if positions is None else np.repeat(positions, groups), *x.dims[2:])
 
 
 def pad(call: Call) -> tuple[Dim, ...]:
@@ -735,11 +827,12 @@ _ELEMENTWISE = """abs acos add alpha_dropout addcdiv addcmul asin atan atan2 bit
     logical_and logical_not logical_or lt masked_fill maximum minimum mish mul multiply nan_to_num ne neg pow reciprocal relu relu6
     remainder round rrelu rsqrt rsub selu sigmoid sign silu sin sinh softplus softshrink sqrt square sub tan tanh threshold to _to_copy
     true_divide trunc type_as where zero fill zeros_like ones_like full_like rand_like randn_like""".split()
-_CONSTANT = "arange empty eye full linspace new_empty new_full new_ones new_zeros ones scalar_tensor zeros".split()
+_CONSTANT = "arange eye linspace logspace scalar_tensor tril_indices triu_indices".split()
 
 RULES: dict[str, Callable[[Call], Any]] = {
     **dict.fromkeys(_ELEMENTWISE, elementwise),
     **dict.fromkeys(_CONSTANT, constant),
+    **dict.fromkeys(FILLED, filled),
     **dict.fromkeys(("conv1d", "conv2d", "conv3d"), conv),
     **dict.fromkeys(("conv_transpose1d", "conv_transpose2d", "conv_transpose3d"), transposed_conv),
     "linear": linear, "matmul": matmul, "bmm": matmul, "addmm": add_product, "baddbmm": add_product, "einsum": einsum,
@@ -751,15 +844,22 @@ RULES: dict[str, Callable[[Call], Any]] = {
     "permute": permute, "movedim": movedim, **dict.fromkeys(("transpose", "swapaxes", "swapdims", "t"), transpose),
     **dict.fromkeys(("expand", "broadcast_to"), expand), "expand_as": expand_as,
     **dict.fromkeys(("repeat", "tile"), repeat), "repeat_interleave": repeat_interleave,
-    **dict.fromkeys(("mean", "sum", "amax", "amin", "var", "std", "logsumexp", "argmax", "argmin", "prod", "any", "all"), reduce),
-    **dict.fromkeys(("max", "min", "median", "var_mean", "std_mean"), reduce_twice),
+    **dict.fromkeys(("mean", "sum", "amax", "amin", "var", "std", "logsumexp", "argmax", "argmin", "prod", "any", "all", "nansum",
+                     "nanmean", "count_nonzero"), reduce),
+    **dict.fromkeys(("max", "min", "var_mean", "std_mean"), reduce_twice),
     **dict.fromkeys(("linalg_vector_norm", "norm"), norm),
-    **dict.fromkeys(("softmax", "log_softmax", "cumsum", "cumprod"), along),
-    **dict.fromkeys(("max_pool1d", "max_pool2d", "max_pool3d", "avg_pool1d", "avg_pool2d", "avg_pool3d", "adaptive_avg_pool1d",
-                     "adaptive_avg_pool2d", "adaptive_avg_pool3d", "upsample_linear1d", "upsample_nearest2d", "upsample_bilinear2d",
-                     "upsample_bicubic2d", "_upsample_bilinear2d_aa", "_upsample_bicubic2d_aa"), spatial),
-    "roll": roll, "flip": roll, "pad": pad, "constant_pad_nd": pad, "cat": cat, "stack": stack,
-    **dict.fromkeys(("split", "chunk", "split_with_sizes"), split),
+    **dict.fromkeys(("softmax", "log_softmax", "cumsum", "cumprod", "cummax", "cummin", "logcumsumexp", "sort", "argsort", "topk", "kthvalue", "mode",
+                     "median", "nanmedian", "aminmax", "diff", "gather", "take_along_dim", "scatter", "scatter_add", "scatter_reduce", "roll", "flip",
+                     "cosine_similarity", "linalg_vecdot", "linalg_cross", "trapezoid"), along),
+    **dict.fromkeys((f"{pool}{d}d{indices}" for pool in ("max_pool", "avg_pool", "adaptive_max_pool", "adaptive_avg_pool", "lp_pool", "fractional_max_pool")
+                     for d in (1, 2, 3) for indices in ("", "_with_indices")), spatial),
+    **dict.fromkeys((*(f"{nearest}{d}d" for nearest in ("upsample_nearest", "_upsample_nearest_exact") for d in (1, 2, 3)), "upsample_linear1d",
+                     "upsample_bilinear2d", "upsample_bicubic2d", "_upsample_bilinear2d_aa", "_upsample_bicubic2d_aa", "_upsample_lanczos2d_aa",
+                     "upsample_trilinear3d"), spatial),
+    **dict.fromkeys(("grid_sampler", "grid_sampler_2d", "grid_sampler_3d"), grid_sampler),
+    **dict.fromkeys(("channel_shuffle", "native_channel_shuffle"), channel_shuffle),
+    "pad": pad, "constant_pad_nd": pad, **dict.fromkeys(("cat", "concat", "concatenate"), cat), "stack": stack,
+    **dict.fromkeys(SPLITS, split),
     "slice": slice_, "select": select, "unbind": unbind, "glu": glu,
     "index": index, "index_select": index_select, "embedding": embedding,
     "im2col": im2col, "col2im": col2im, "unfold": unfold, "pixel_shuffle": pixel_shuffle, "pixel_unshuffle": pixel_unshuffle,

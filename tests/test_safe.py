@@ -105,7 +105,7 @@ middle("linear_between_activations", lambda n, x: n.c(x * F.linear(n.b(x).flatte
        "head dimension")
 middle("einsum_of_activations", lambda n, x: n.e(torch.einsum("bchw,bcij->bhwij", n.b(x), n.c(x)).flatten(3)), "head dimension",
        e=lambda: conv(8, 16))
-middle("sorted_channels", lambda n, x: n.c(n.b(x).sort(1)[0]), "no rule for operator sort")
+middle("sorted_channels", lambda n, x: n.c(n.b(x).sort(1)[0]), "sort over channels")
 middle("weight_from_the_images", lambda n, x: n.e(F.conv2d(n.b(x), n.c.weight * n.u(x).amax())),
        "amax over channels", {16}, e=lambda: conv(16, 16), u=lambda: conv(16, 8))
 middle("depthwise_kernel_of_each_image", lambda n, x: n.c(batched(n.b(x), n.l(x.mean((2, 3))), 16)), free={16}, l=lambda: nn.Linear(16, 16 * 9))
@@ -118,7 +118,7 @@ middle("mixed_kernels", lambda n, x: n.e(batched(n.b(x), n.l(x.mean((2, 3))).sof
 middle("strided_slice", lambda n, x: n.e(n.b(x)[:, ::2]), "strided slice of channels", e=lambda: conv(8, 16))
 middle("cumsum", lambda n, x: n.c(n.b(x).cumsum(1)), "cumsum over channels")
 middle("constant_added", lambda n, x: n.c(n.b(x) + torch.arange(16.).view(16, 1, 1)), "cannot be cut")
-middle("where_over_channels", lambda n, x: n.c(torch.where(n.m, n.b(x), 0.)), "cannot be cut",
+middle("where_over_channels", lambda n, x: n.c(torch.where(n.m, n.b(x), 0.)), free={16},
        m=lambda: (torch.arange(16) % 2 == 0).view(16, 1, 1))
 middle("outer_with_itself", lambda n, x: n.e((n.u(x).unsqueeze(1) * n.u(x).unsqueeze(2)).flatten(1, 2)),
        e=lambda: conv(64, 16), u=lambda: conv(16, 8))
@@ -134,6 +134,12 @@ middle("sum_with_dtype", lambda n, x: n.l(x) / n.l(x).abs().sum(dtype=torch.floa
 middle("pool_of_three_axes", lambda n, x: F.max_pool2d(n.b(x).flatten(2), 3, 1, 1)[..., None], "max_pool2d over channels")
 middle("norm_by_batch_over_tokens", lambda n, x: F.batch_norm(n.l(x), None, None, training=True), base=Tokens,
        l=lambda: nn.Linear(16, 16))
+
+
+def mixed(layer, y):
+    """(B, 64, 16) in four heads, each of which mixes the 64 positions: SwinMLP."""
+    y = layer(y.unflatten(-1, (4, 4)).transpose(1, 2).reshape(-1, 4 * 64, 4))
+    return y.view(-1, 4, 64, 4).transpose(1, 2).reshape(-1, 64, 16)
 
 
 def batched(y, kernels, groups):
@@ -186,6 +192,22 @@ middle("where_over_space", lambda n, x: n.c(torch.where(n.m, n.b(x), n.c(x))), m
 middle("buffer_added", lambda n, x: n.c(n.b(x) + n.off), free={16}, off=lambda: torch.randn(16, 1, 1))
 middle("layer_outside_the_batch", lambda n, x: n.c(n.b(x) + n.e(n.at)), free={16}, e=lambda: conv(3, 16),
        at=lambda: torch.randn(1, 3, 8, 8))
+middle("mixed_positions_of_each_head", lambda n, x: n.p(mixed(n.s, n.l(x)) + x), base=Tokens, free={4}, l=lambda: nn.Linear(16, 16),
+       s=lambda: nn.Conv1d(4 * 64, 4 * 64, 1, groups=4), p=lambda: nn.Linear(16, 16))
+middle("made_of_one_value", lambda n, x: n.c(n.b(x) + torch.full(n.b(x).shape, 0.5) * torch.ones(16, 1, 1)), free={16})
+middle("picked_places", lambda n, x: n.c(n.b(x).flatten(2).gather(2, torch.zeros(len(x), 16, 64, dtype=torch.long)).view(-1, 16, 8, 8)), free={16})
+middle("scattered_into_some_images", lambda n, x: n.c(n.b(x).flatten(2).scatter(2, torch.zeros(1, 16, 1, dtype=torch.long), 0.).view(-1, 16, 8, 8)),
+       "no rule for operator scatter")
+middle("shuffled", lambda n, x: n.c(F.channel_shuffle(n.b(x), 4)), free={4})
+middle("pooled_with_indices", lambda n, x: n.c(F.adaptive_max_pool2d(n.b(x), 4, return_indices=True)[0]), free={16})
+middle("pooled_over_channels", lambda n, x: n.c(F.adaptive_max_pool2d(n.b(x).flatten(2), (16, 64))[..., None]), "adaptive_max_pool2d over channels")
+middle("resampled", lambda n, x: n.c(F.grid_sample(n.b(x), n.g(x.mean((2, 3))).view(-1, 4, 4, 2), align_corners=False)), free={16}, g=lambda: nn.Linear(16, 32))
+middle("nearest_exact", lambda n, x: n.c(F.interpolate(n.b(x), scale_factor=2, mode="nearest-exact")), free={16})
+middle("sum_of_three", lambda n, x: n.c(torch.einsum("nchw,c,...hw->nchw", n.b(x), n.s, n.b(x)[0])), s=lambda: nn.Parameter(torch.randn(16)))
+middle("einsum_of_dots", lambda n, x: n.c(torch.einsum("...hw,hv", n.b(x), n.m).view(-1, 16, 8, 8)), free={16}, m=lambda: torch.randn(8, 8))
+middle("einsum_of_one", lambda n, x: n.l(torch.einsum("nc...->n...c", n.b(x))).permute(0, 3, 1, 2), free={16}, l=lambda: nn.Linear(16, 16))
+middle("contracted_of_three", lambda n, x: n.e(torch.einsum("nchw,cd,de->nehw", n.b(x), n.m, n.m)), "no rule for operator einsum",
+       m=lambda: nn.Parameter(torch.randn(16, 16)), e=lambda: conv(16, 16))
 middle("same_padding", lambda n, x: n.c(n.g(n.b(x))), free={16}, g=lambda: nn.Conv2d(16, 16, 3, padding="same"))
 middle("outer_product", lambda n, x: n.e((n.u(x).unsqueeze(1) * n.v(x).unsqueeze(2)).flatten(1, 2)), free={8},
        e=lambda: conv(64, 16), u=lambda: conv(16, 8), v=lambda: conv(16, 8))
