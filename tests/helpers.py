@@ -52,8 +52,9 @@ def settle(network: fx.GraphModule) -> None:
         module.momentum = momentum
 
 
-def images(network: fx.GraphModule, batch: int = 3, seed: int = 0) -> torch.Tensor:
-    return torch.randn(batch, *network.meta["input_size"], generator=torch.Generator().manual_seed(seed))
+def images(network: fx.GraphModule, batch: int | None = None, seed: int = 0) -> torch.Tensor:
+    """Random images: `batch` of them, or as many as the network takes, which are three where it takes any number."""
+    return torch.randn(batch or network.meta["static_batch"] or 3, *network.meta["input_size"], generator=torch.Generator().manual_seed(seed))
 
 
 def captured(model: nn.Module, input_size: tuple[int, int, int]) -> Captured:
