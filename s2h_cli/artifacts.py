@@ -25,6 +25,10 @@ from .network_json import PLAN, WEIGHTS, network_from_json, network_to_json
 from .sizes import check_sizes
 
 
+#: The largest file of weights that is read, in bytes.
+LARGEST_WEIGHTS = 16 << 30
+
+
 def save(folder: str | os.PathLike, small: fx.GraphModule, plan_json: dict) -> None:
     """Writes `model.safetensors` and `plan.json` (with the keys `network` and `versions` added) into a folder.
 
@@ -114,7 +118,8 @@ def load(path: str | os.PathLike, trust: bool = False) -> fx.GraphModule:
 def read(path: str | os.PathLike, trust: bool = False, needs: tuple[str, ...] = ()) -> Result:
     """The same as `load`, and all else that is in the folder. `needs`: as of `read_plan`."""
     folder, plan = Path(path), read_plan(path, *needs)
-    check_regular(folder / WEIGHTS)
+    if check_regular(folder / WEIGHTS) > LARGEST_WEIGHTS:
+        raise UserError(f"{folder / WEIGHTS}: it is larger than {LARGEST_WEIGHTS >> 30} GB, more than s2h reads; give the folder of a finished run")
     try:
         # Copies: memory mapped from a file is aligned differently, and then kernels round differently.
         state_dict = {name: tensor.clone() for name, tensor in load_file(folder / WEIGHTS).items()}

@@ -97,7 +97,13 @@ def keep(folder: Path, found: dict[str, Any]) -> None:
 def read(folder: Path) -> dict[str, Any] | None:
     """The figures that `keep` wrote last, if any."""
     path = folder / FILE
-    return schema.check(schema.Bench, schema.read_json(path), str(path)) if path.exists() else None
+    if not path.exists():
+        return None
+    found = schema.check(schema.Bench, schema.read_json(path), str(path))
+    for i, row in enumerate(found["rows"]):
+        if "timing" not in row and "failed" not in row:
+            schema.refuse(str(path), ("rows", i), "neither a time nor why there is none")
+    return found
 
 
 def subjects_of(item: str, img_size: int | None, trust: bool = False) -> tuple[list[latency.Subject], list[str]]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import math
 import os
+from fractions import Fraction
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,7 +26,7 @@ from .schema import refuse
 from .sizes import check_sizes
 
 #: Keys of a plan that describe it; `s2h_cli.load` needs none of them.
-KEYS = ("model", "input_size", "macs", "params", "budget", "dropped", "layers", "groups", "frozen", "kept_indices", "data")
+KEYS = ("model", "input_size", "macs", "params", "budget", "dropped", "layers", "groups", "frozen", "kept_indices", "data", "versions")
 _OP_OF = {name: op for op, name in FUNCTIONS.items()}
 
 
@@ -157,6 +158,7 @@ def check(result: artifacts.Result, where: str) -> None:
         for key, found, so in (("name", layer["name"], row.name or layer["name"]), ("kind", layer["kind"], row.kind), ("in", layer["in"][0], row.inputs),
                                ("out", layer["out"][0], row.outputs), ("macs", layer["macs"][0], row.macs)):
             equal(f"layers.{i}.{key}", found, so)
+        _check_whole(layer, network, where)
     sizes = {name: parameter.numel() for name, parameter in network.named_parameters()}
     names = {layer["name"] for layer in plan["layers"]}
     owned: dict[str, int] = {}
@@ -184,6 +186,24 @@ def check(result: artifacts.Result, where: str) -> None:
         if any(a >= b for a, b in zip(indices, indices[1:])) or indices and indices[-1] >= group["size"]:
             refuse(where, ("kept_indices", group["name"]), f"its indices are not ascending below {group['size']}")
     _check_groups(plan, where)
+
+
+def _check_whole(layer: dict[str, Any], network: fx.GraphModule, where: str) -> None:
+    """What is said of a layer before the cut: its parameters follow from its widths, and it had no fewer MACs than they say."""
+    module = dict(network.named_modules()).get(layer["name"])
+    if not isinstance(module, (nn.modules.conv._ConvNd, nn.Linear, nn.modules.batchnorm._BatchNorm)) or 0 in (layer["in"][0], layer["out"][0]):
+        return
+    weight, bias = (0 if tensor is None else tensor.numel() for tensor in (module.weight, module.bias))
+    if layer["params"][0] != weight + bias:  # it shares them with others
+        return
+    inputs, outputs = (Fraction(layer[key][1], layer[key][0]) for key in ("in", "out"))
+    matrix = not isinstance(module, nn.modules.batchnorm._BatchNorm)
+    per_group = [inputs, Fraction(1)] if getattr(module, "groups", 1) > 1 else [inputs if matrix else Fraction(1)]
+    fits = {weight * outputs * across + bias * outputs: layer["macs"][0] * outputs * across for across in per_group}
+    if layer["params"][1] not in fits:
+        refuse(where, ("layers", layer["name"], "params"), f"{layer['params'][1]} parameters before the cut do not follow from its widths")
+    if layer["macs"][1] < fits[layer["params"][1]]:
+        refuse(where, ("layers", layer["name"], "macs"), f"{layer['macs'][1]} MACs before the cut are fewer than its widths say")
 
 
 def _check_groups(plan: dict[str, Any], where: str) -> None:

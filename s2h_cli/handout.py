@@ -99,7 +99,7 @@ With {versions}. `plan.json` says what was kept of each layer, `report.html` wha
 
 def write_handout(folder: Path, config: Config) -> None:
     """Writes scripts and card into the folder of a result with its artifacts. `config`: the settings of its run."""
-    plan = artifacts.read_plan(folder, *computed.KEYS, "versions", "results")
+    plan = artifacts.read_plan(folder, *computed.KEYS, "results")
     with writing(folder) as aside:
         scripts = []
         for format, parts in SCRIPTS.items():

@@ -51,6 +51,8 @@ TENSOR_TYPES = (torch.float32, torch.float64, torch.int64, torch.int32, torch.in
                 torch.float16, torch.bfloat16)
 #: Operators of libraries that code of this process imported: of a model that the command line named (see `accept`).
 _accepted: set[str] = set()
+#: Layers in layers.
+DEEPEST = 100
 #: One part of a dotted name. `torch.fx` writes these into source code.
 _PART = re.compile(r"[\w \-+:/@()\[\]]+")
 
@@ -273,6 +275,8 @@ def _module_from_json(entry: dict) -> nn.Module:
 
 def _set(root: nn.Module, path: str, module: nn.Module) -> None:
     owner, _, leaf = path.rpartition(".")
+    if path.count(".") >= DEEPEST:
+        raise ValueError(f"the layer {shown(path)} is in more than {DEEPEST} others")
     root.get_submodule(owner).add_module(_part(leaf), module)
 
 

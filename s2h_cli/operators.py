@@ -42,7 +42,7 @@ FUNCTIONAL = _table("""
     grid_sampler_3d; group_norm; gru: input; gt: Tensor Scalar; hamming_window: default periodic periodic_alpha
     periodic_alpha_beta; hann_window: default periodic; hardshrink; hardsigmoid; hardswish; hardtanh; heaviside;
     hsplit: int array; hstack; hypot; im2col; imag; index: Tensor; index_add; index_copy; index_fill: int_Tensor
-    int_Scalar; index_put: default hacked_twin; index_select; inner; instance_norm; inverse; isclose; isfinite;
+    int_Scalar; index_put; index_select; inner; instance_norm; inverse; isclose; isfinite;
     isinf; isnan; isneginf; isposinf; kron; kthvalue; layer_norm; ldexp: Tensor; le: Tensor Scalar; leaky_relu;
     lerp: Scalar Tensor; less: Tensor Scalar; less_equal: Tensor Scalar; lgamma; linalg_cross; linalg_det;
     linalg_diagonal; linalg_inv; linalg_matmul; linalg_matrix_exp; linalg_matrix_norm: default str_ord;
@@ -50,7 +50,7 @@ FUNCTIONAL = _table("""
     linspace: Tensor_Tensor Tensor_Scalar Scalar_Tensor default; log; log10; log1p; log2; log_sigmoid;
     log_sigmoid_forward; log_softmax: int; logaddexp; logaddexp2; logcumsumexp; logical_and; logical_not;
     logical_or; logical_xor; logit; logspace: Tensor_Tensor Tensor_Scalar Scalar_Tensor default; logsumexp; lstm:
-    input; lt: Tensor Scalar; mT: default a; masked_fill: Scalar Tensor; masked_scatter; matmul; matrix_exp;
+    input; lt: Tensor Scalar; mT; masked_fill: Scalar Tensor; masked_scatter; matmul; matrix_exp;
     matrix_power; max: other default dim; max_pool1d; max_pool1d_with_indices; max_pool2d; max_pool2d_with_indices;
     max_pool3d; max_pool3d_with_indices; max_unpool2d; max_unpool3d; maximum; mean: default dim; median: default
     dim; meshgrid: default indexing; min: other default dim; minimum; mish; mm: default dtype; moveaxis: intlist
@@ -83,8 +83,8 @@ FUNCTIONAL = _table("""
 IN_PLACE = _table("""
     abs_; acos_; add_: Tensor Scalar; addcdiv_; addcmul_; addmm_; alpha_dropout_; asin_; atan_; atan2_; baddbmm_;
     bernoulli_: Tensor float; bitwise_and_: Tensor Scalar; bitwise_not_; bitwise_or_: Tensor Scalar; ceil_; celu_;
-    clamp_: default Tensor; clamp_max_: default Tensor; clamp_min_: default Tensor; clip_: default Tensor; copy_:
-    default Tensor; cos_; cosh_; cumsum_; div_: Tensor Tensor_mode Scalar Scalar_mode; divide_: Tensor
+    clamp_: default Tensor; clamp_max_: default Tensor; clamp_min_: default Tensor; clip_: default Tensor; copy_;
+    cos_; cosh_; cumsum_; div_: Tensor Tensor_mode Scalar Scalar_mode; divide_: Tensor
     Tensor_mode Scalar_mode Scalar; dropout_; elu_; eq_: Scalar Tensor; erf_; exp_; exp2_; expm1_; feature_dropout_;
     fill_: Scalar Tensor; floor_; floor_divide_: Tensor Scalar; fmod_: Tensor Scalar; frac_; ge_: Scalar Tensor;
     gelu_; gt_: Scalar Tensor; hardsigmoid_; hardswish_; hardtanh_; index_add_; index_copy_; index_fill_: int_Tensor

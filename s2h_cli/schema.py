@@ -30,7 +30,7 @@ DAMAGED = "it may be damaged, or from another version of s2h"
 # Values
 
 INT64 = 2**63 - 1
-#: Pixels of one side of an image; images have one channel or three (`data.make_loader`), or up to four where s2h does not load them.
+#: Pixels of one side of an image, or its channels; and the channels that have a mean and a standard deviation.
 LARGEST_SIDE, MOST_CHANNELS = 4096, 4
 
 Finite = Annotated[float, Field(allow_inf_nan=False)]
@@ -40,13 +40,12 @@ Part = Annotated[Finite, Field(gt=0, le=1)]
 Percent = Annotated[Finite, Field(ge=0, le=100)]
 Count = Annotated[int, Field(ge=0, le=INT64)]
 Side = Annotated[int, Field(ge=1, le=LARGEST_SIDE)]
-Channels = Annotated[int, Field(ge=1, le=MOST_CHANNELS)]
 #: Text of any characters, such as a path: `shown` says how it is shown.
 Text = Annotated[str, Field(max_length=4096)]
 #: A dotted name of a layer: letters, digits and the marks that names have in `torch.nn` and in models of timm; see `network_json`.
 LayerName = Annotated[str, Field(min_length=1, max_length=1024, pattern=r"^[\w \-+:/@()\[\].#]+$")]
+InputSize = Annotated[list[Side], Field(min_length=3, max_length=3)]
 FileName = Annotated[str, Field(max_length=255, pattern=r"^\w[\w.-]*$")]
-InputSize = tuple[Channels, Side, Side]
 
 
 def _record(name: str, fields: dict[str, Any]) -> Any:
@@ -69,7 +68,7 @@ TensorEntry = _record("TensorEntry", {"kind": Literal["parameter", "buffer"], "r
                                       "same_as": NotRequired[LayerName]})
 Network = _record("Network", {
     "class": Text,
-    "meta": _record("Meta", {"input_size": Annotated[list[int], Field(min_length=3, max_length=3)], "static_batch": Optional[Annotated[int, Field(ge=1, le=4096)]]}),
+    "meta": _record("Meta", {"input_size": InputSize, "static_batch": Optional[Annotated[int, Field(ge=1, le=4096)]]}),
     "modules": Annotated[dict[LayerName, Annotated[dict[str, Any], Field(max_length=16)]], Field(max_length=100_000)],
     "tensors": Annotated[dict[LayerName, TensorEntry], Field(max_length=100_000)],
     "nodes": Annotated[list[Node], Field(max_length=100_000)],
@@ -82,7 +81,7 @@ Group = _record("Group", {"name": LayerName, "size": Annotated[Count, Field(ge=1
 Frozen = _record("Frozen", {"layers": Names, "reason": Text, "channels": Count})
 #: Preprocessing and classes. Exported files hold them too.
 Data = _record("Data", {
-    "input_size": list[int], "mean": Annotated[list[Finite], Field(min_length=1, max_length=MOST_CHANNELS)],
+    "input_size": InputSize, "mean": Annotated[list[Finite], Field(min_length=1, max_length=MOST_CHANNELS)],
     "std": Annotated[list[Positive], Field(min_length=1, max_length=MOST_CHANNELS)],
     "interpolation": Literal["nearest", "bilinear", "bicubic", "box", "hamming", "lanczos", "random"], "crop_pct": Part,
     "classes": Annotated[list[Annotated[str, Field(max_length=1024)]], Field(min_length=1, max_length=1_000_000)],
@@ -90,7 +89,7 @@ Data = _record("Data", {
 })
 Results = _record("Results", {
     "top1": NotRequired[dict[Annotated[str, Field(max_length=64, pattern=r"^\w+$")], Percent]],
-    "files": NotRequired[Annotated[dict[FileName, _record("File", {"difference": NotRequired[Annotated[Finite, Field(ge=0)]], "top1": NotRequired[Percent]})],
+    "files": NotRequired[Annotated[dict[FileName, _record("File", {"difference": Annotated[Finite, Field(ge=0)], "top1": NotRequired[Percent]})],
                                    Field(max_length=1000)]],
     "bytes_before": NotRequired[Count],
 })
@@ -98,7 +97,7 @@ Plan = _record("Plan", {
     "network": Network,
     "versions": NotRequired[Annotated[dict[Text, Optional[Text]], Field(max_length=100)]],
     "model": NotRequired[Text],
-    "input_size": NotRequired[list[int]],
+    "input_size": NotRequired[InputSize],
     "macs": NotRequired[_record("Macs", {"full": Count, "pruned": Count, "ratio": Part, "target": Optional[Positive], "min_ratio": Share})],
     "params": NotRequired[_record("Params", {"full": Count, "pruned": Count, "ratio": Part})],
     "budget": NotRequired[Optional[dict[Literal["flops", "params", "latency"], Positive]]],

@@ -16,7 +16,7 @@ from .graph import RECURRENT, tensors_of
 
 GIGABYTE = 2**30
 #: Bytes that all tensors which one image needs at a time may have, and those of one tensor. (The largest of the zoo: docs/security.md.)
-MOST, LARGEST = 8 * GIGABYTE, 4 * GIGABYTE
+MOST, LARGEST = 3 * GIGABYTE, 2 * GIGABYTE
 #: Steps of a recurrent layer, and tensors that one call may return.
 MOST_STEPS, MOST_PARTS = 4096, 65536
 #: Largest whole number, and exponent of one, that Python's own arithmetic on sizes may have.
@@ -36,7 +36,7 @@ def check_sizes(network: fx.GraphModule, classes: int | None = None) -> dict[fx.
         UserError: it needs too much memory, or its sizes do not fit together.
     """
     try:
-        with torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True):
+        with torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True, allow_fallback_kernels=False):
             images = torch.zeros(network.meta["static_batch"] or 1, *network.meta["input_size"])
             state = {name: torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype) for name, tensor in tensors_of(network).items()}
             with _Bounded():
@@ -67,6 +67,8 @@ class _Bounded(TorchDispatchMode):
 class _Sizes(fx.Interpreter):
     """Runs a network on tensors without content, and sums up what is alive."""
 
+    extra_traceback = False  # nothing is added to our messages
+
     def __init__(self, network: fx.GraphModule, state: dict[str, torch.Tensor]):
         super().__init__(network)
         self.state, self.live, self.sizes, self.shapes = state, 0, {}, {}
@@ -95,7 +97,7 @@ class _Sizes(fx.Interpreter):
         name = target._schema.name.removeprefix("aten::") if isinstance(target, torch._ops.OpOverload) else target.__name__
         if name in RECURRENT:
             _check_recurrent(*args[:6], *args[6:9])
-        if name.startswith(("unbind", "split", "unsafe_split", "tensor_split", "hsplit", "vsplit", "dsplit")) and max(args[0].shape, default=0) > MOST_PARTS:
+        if ("split" in name or name in ("unbind", "chunk", "unsafe_chunk")) and max(args[0].shape, default=0) > MOST_PARTS:
             raise UserError(f"the network takes a tensor apart into more than {MOST_PARTS} parts; plan.json may be damaged")
         out = super().call_function(target, args, kwargs)
         if isinstance(out, int) and abs(out) >= MOST_WHOLE:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import importlib.util
+import math
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -92,6 +93,8 @@ def read_table(path: Path) -> tuple[list[str], list[list[float]]]:
     if not path.exists():
         return [], []
     columns, rows = read_csv(path)
+    if not all(math.isfinite(value) for row in rows for value in row):
+        raise ValueError(f"{path.name} holds values that are not finite")
     return columns[1:], [row[1:] for row in rows]
 
 

@@ -54,6 +54,7 @@ def read_run(folder: Path) -> Run:
         UserError: it holds no finished run.
     """
     plan = computed.checked(folder).plan
+    plan["budget"] = plan["budget"] or {}
     try:
         return _read(folder, plan)
     except (ValueError, KeyError, TypeError, IndexError, AttributeError, OSError) as error:
@@ -70,8 +71,12 @@ def read_summary(path: Path, ending: str) -> list[dict[str, float]]:
     """The rows of `summary.csv`; of columns that parts of a run have each, those of this ending, without it."""
     if not path.exists():
         return []
-    return [{name.removesuffix(ending): value for name, value in row.items() if (name.endswith(ending) or name in ("epoch", "lr")) and math.isfinite(value)}
-            for row in (dict(zip(columns, values)) for columns, rows in [read_csv(path)] for values in rows)]
+    columns, rows = read_csv(path)
+    found = [{name.removesuffix(ending): value for name, value in zip(columns, row) if (name.endswith(ending) or name in ("epoch", "lr")) and math.isfinite(value)}
+             for row in rows]
+    if any("epoch" not in row for row in found):
+        raise ValueError(f"{path.name} has rows without an epoch")
+    return found
 
 
 def write_report(*folders: Path, file: Path | None = None) -> Path:
