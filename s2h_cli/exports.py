@@ -18,6 +18,7 @@ from typing import Any, Callable, Iterable, Iterator, NamedTuple
 import torch
 from torch import fx
 
+from . import schema
 from .artifacts import load
 from .errors import UserError, why
 from .files import writing
@@ -32,9 +33,6 @@ JSON_BYTES = 1 << 24
 ONNX_BYTES = 1 << 31
 #: Operators of ONNX that run others, and perhaps without end.
 CONTROL_FLOW = ("If", "Loop", "Scan", "SequenceMap")
-#: The largest image side, in pixels, and the largest fixed batch that an exported file may ask for.
-LARGEST_SIDE, LARGEST_BATCH = 4096, 65536
-INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos")
 #: The least opset that torch's exporter writes by itself.
 EXPORTERS_OPSET = 18
 #: The largest difference from the network that `check` lets pass, relative to the largest logit.
@@ -364,9 +362,7 @@ def read_metadata(path: str | os.PathLike) -> dict:
                 text = _member(archive, name).decode() if name else "{}"
         if len(text) > JSON_BYTES:
             raise ValueError("its metadata are too long")
-        metadata = json.loads(text)
-        _check_metadata(metadata)
-        return metadata
+        return schema.check(schema.Metadata, schema.parse_json(text, METADATA), METADATA)
     except Exception as error:  # a broken file makes the readers raise whatever they like
         raise UserError(f"{path}: cannot be read: {why(error)}; export it again") from error
 
@@ -378,40 +374,6 @@ def _member(archive: zipfile.ZipFile, name: str) -> bytes:
     if len(content) > JSON_BYTES:
         raise ValueError(f"{name} in it is too long")
     return content
-
-
-def _check_metadata(metadata: Any) -> None:
-    """Raises ValueError for metadata that are not of the types that s2h writes."""
-    if not isinstance(metadata, dict):
-        raise ValueError("its metadata are no table of names and values")
-    for name, value in metadata.items():
-        if name not in _METADATA or not _METADATA[name](value):
-            raise ValueError(f"its metadata have {name[:40]!r}: {str(value)[:40]}, which s2h does not write")
-
-
-def _numbers(value: Any, least: float = -math.inf) -> bool:
-    return isinstance(value, list) and len(value) in (1, 3) and all(_number(n) and n > least for n in value)
-
-
-def _number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def _whole(value: Any, most: int) -> bool:
-    return type(value) is int and 0 < value <= most
-
-
-#: What metadata may hold, and of which values.
-_METADATA: dict[str, Callable[[Any], bool]] = {
-    "input_size": lambda value: isinstance(value, list) and len(value) == 3 and all(_whole(n, LARGEST_SIDE) for n in value),
-    "mean": _numbers,
-    "std": lambda value: _numbers(value, 0.0),
-    "interpolation": lambda value: value in INTERPOLATIONS,
-    "crop_pct": lambda value: _number(value) and 0.01 <= value <= 10,
-    "classes": lambda value: isinstance(value, list) and len(value) > 0 and all(isinstance(name, str) for name in value),
-    "split": lambda value: isinstance(value, dict) and value.keys() <= {"val_fraction"} and all(_number(n) and 0 < n < 1 for n in value.values()),
-    "batch": lambda value: _whole(value, LARGEST_BATCH),
-}
 
 
 def export_all(program: Program, folder: Path, formats: Iterable[str], metadata: dict, kind: str = "") -> tuple[dict[str, Path], list[str]]:

@@ -32,6 +32,8 @@ DAMAGED = "it may be damaged, or from another version of s2h"
 INT64 = 2**63 - 1
 #: Pixels of one side of an image, or its channels; and the channels that have a mean and a standard deviation.
 LARGEST_SIDE, MOST_CHANNELS = 4096, 4
+#: The largest fixed batch of an exported file.
+LARGEST_BATCH = 65536
 
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 Positive = Annotated[Finite, Field(gt=0)]
@@ -48,10 +50,10 @@ InputSize = Annotated[list[Side], Field(min_length=3, max_length=3)]
 FileName = Annotated[str, Field(max_length=255, pattern=r"^\w[\w.-]*$")]
 
 
-def _record(name: str, fields: dict[str, Any]) -> Any:
-    """A dict with these keys; what else is in it is left out."""
-    made = TypedDict(name, fields)
-    made.__pydantic_config__ = ConfigDict(strict=True, extra="ignore")
+def _record(name: str, fields: dict[str, Any], total: bool = True, extra: Literal["ignore", "forbid"] = "ignore") -> Any:
+    """A dict with these keys, or with some of them; what else is in it is left out, or an error."""
+    made = TypedDict(name, fields, total=total)
+    made.__pydantic_config__ = ConfigDict(strict=True, extra=extra)
     return made
 
 
@@ -79,14 +81,15 @@ Layer = _record("Layer", {"name": LayerName, "kind": Annotated[str, Field(max_le
                           "params": _pair(Count)})
 Group = _record("Group", {"name": LayerName, "size": Annotated[Count, Field(ge=1)], "kept": Count, "layers": Names})
 Frozen = _record("Frozen", {"layers": Names, "reason": Text, "channels": Count})
-#: Preprocessing and classes. Exported files hold them too.
-Data = _record("Data", {
-    "input_size": InputSize, "mean": Annotated[list[Finite], Field(min_length=1, max_length=MOST_CHANNELS)],
-    "std": Annotated[list[Positive], Field(min_length=1, max_length=MOST_CHANNELS)],
-    "interpolation": Literal["nearest", "bilinear", "bicubic", "box", "hamming", "lanczos", "random"], "crop_pct": Part,
+_DATA = {
+    "input_size": InputSize, "mean": Annotated[list[Finite], Field(min_length=1, max_length=MOST_CHANNELS)], "std": Annotated[list[Positive], Field(min_length=1, max_length=MOST_CHANNELS)],
+    "interpolation": Literal["nearest", "bilinear", "bicubic", "box", "hamming", "lanczos"], "crop_pct": Annotated[Finite, Field(ge=0.01, le=10)],
     "classes": Annotated[list[Annotated[str, Field(max_length=1024)]], Field(min_length=1, max_length=1_000_000)],
-    "split": NotRequired[_record("Split", {"val_fraction": NotRequired[Share]})], "batch": NotRequired[Annotated[int, Field(ge=1)]],
-})
+    "split": NotRequired[_record("Split", {"val_fraction": NotRequired[Share]}, extra="forbid")], "batch": NotRequired[Annotated[int, Field(ge=1, le=LARGEST_BATCH)]],
+}
+#: Preprocessing and classes; and what of them an exported file holds, which is any part.
+Data = _record("Data", _DATA)
+Metadata = _record("Metadata", _DATA, total=False, extra="forbid")
 Results = _record("Results", {
     "top1": NotRequired[dict[Annotated[str, Field(max_length=64, pattern=r"^\w+$")], Percent]],
     "files": NotRequired[Annotated[dict[FileName, _record("File", {"difference": Annotated[Finite, Field(ge=0)], "top1": NotRequired[Percent]})],
