@@ -27,13 +27,15 @@ from .sizes import check_sizes
 
 #: Keys of a plan that describe it; `s2h_cli.load` needs none of them.
 KEYS = ("model", "input_size", "macs", "params", "budget", "dropped", "layers", "groups", "frozen", "kept_indices", "data", "versions")
+#: Layers whose weight has a row for each output channel.
+MATRICES = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
 _OP_OF = {name: op for op, name in FUNCTIONS.items()}
 
 
 class Row(NamedTuple):
-    """One counted operator of a network: its layer's name where it reads a weight or bias, channels in and out, MACs of one image."""
+    """One counted operator of a network: what it may be called where it reads tensors, channels in and out, MACs of one image."""
 
-    name: str | None
+    names: set[str]
     kind: str
     inputs: int
     outputs: int
@@ -48,7 +50,7 @@ def counted(network: fx.GraphModule, shapes: dict[fx.Node, Any]) -> list[Row]:
     """
     rows = []
     for node in network.graph.nodes:
-        op, name, args = _call(node, network)
+        op, args = _call(node, network)
         if op not in FORMULAS:
             continue
         args = fx.node.map_aggregate(tuple(args), lambda arg: _labelled(shapes[arg]) if isinstance(arg, fx.Node) else arg)
@@ -59,7 +61,7 @@ def counted(network: fx.GraphModule, shapes: dict[fx.Node, Any]) -> list[Row]:
             continue
         macs = sum(constant * math.prod(size for size, _ in axes) for constant, axes in products)
         inputs, outputs = (tensor.shape[channel_axis(op)] if isinstance(tensor, Tensor) else 0 for tensor in (args[0], out))
-        rows.append(Row(name, op, inputs, outputs, round(macs)))
+        rows.append(Row(_names(node), op, inputs, outputs, round(macs)))
     return rows
 
 
@@ -69,28 +71,31 @@ def _labelled(shape: Any) -> Any:
     return shape if shape is None else Tensor(shape, (None,) * len(shape))
 
 
-def _call(node: fx.Node, network: fx.GraphModule) -> tuple[str, str | None, list]:
-    """A node as `graph.capture` met it: operator, name of the layer that owns its weight, arguments in ATen's order."""
+def _names(node: fx.Node) -> set[str]:
+    """What a row may be called: the layer, and the tensors that it reads and their owners."""
+    read = [source.target for source in node.all_input_nodes if source.op == "get_attr"]
+    return {*read, *(name.rpartition(".")[0] for name in read), *([node.target] if node.op == "call_module" else [])}
+
+
+def _call(node: fx.Node, network: fx.GraphModule) -> tuple[str, list]:
+    """A node as `graph.capture` met it: operator, and arguments in ATen's order."""
     if node.op == "call_module":
         module = network.get_submodule(node.target)
         op = next((op for op, kinds in _KINDS.items() if isinstance(module, kinds)), "")
         if not op:
-            return "", None, []
+            return "", []
         args = [*node.args, *[None] * 6]
         for attribute, position in LAYERS[op].tensors.items():
             tensor = getattr(module, attribute, None)
             args[position] = None if tensor is None else Tensor(tuple(tensor.shape), (None,) * tensor.ndim)
         if op == "batch_norm":
             args[5] = args[3] is None  # without statistics of its own it takes those of the batch
-        return op, node.target, args
+        return op, args
     if node.op != "call_function":
-        return "", None, []
+        return "", []
     if hasattr(node.target, "_schema"):
-        op, args = aten_call(node)
-    else:
-        op, args = _OP_OF.get(_name(node.target), ""), list(node.args)
-    owner = next((arg.target.removesuffix(".weight") for arg in args if isinstance(arg, fx.Node) and arg.op == "get_attr"), None)
-    return op, owner, args
+        return aten_call(node)
+    return _OP_OF.get(_name(node.target), ""), list(node.args)
 
 
 _KINDS = {**{f"conv{n}d": (getattr(nn, f"Conv{n}d"),) for n in (1, 2, 3)}, "linear": (nn.Linear,), "batch_norm": (nn.modules.batchnorm._BatchNorm,),
@@ -155,9 +160,11 @@ def check(result: artifacts.Result, where: str) -> None:
     rows = counted(network, shapes)
     equal("layers", len(kept), len(rows))
     for i, (layer, row) in enumerate(zip(kept, rows)):
-        for key, found, so in (("name", layer["name"], row.name or layer["name"]), ("kind", layer["kind"], row.kind), ("in", layer["in"][0], row.inputs),
+        for key, found, so in (("kind", layer["kind"], row.kind), ("in", layer["in"][0], row.inputs),
                                ("out", layer["out"][0], row.outputs), ("macs", layer["macs"][0], row.macs)):
             equal(f"layers.{i}.{key}", found, so)
+        if row.names and layer["name"] not in row.names:
+            refuse(where, ("layers", i, "name"), f"it says {layer['name']}, and it is {min(row.names)}")
         _check_whole(layer, network, where)
     sizes = {name: parameter.numel() for name, parameter in network.named_parameters()}
     names = {layer["name"] for layer in plan["layers"]}
@@ -185,20 +192,19 @@ def check(result: artifacts.Result, where: str) -> None:
         equal(f"groups.{group['name']}.kept", group["kept"], len(indices))
         if any(a >= b for a, b in zip(indices, indices[1:])) or indices and indices[-1] >= group["size"]:
             refuse(where, ("kept_indices", group["name"]), f"its indices are not ascending below {group['size']}")
-    _check_groups(plan, where)
+    _check_groups(plan, {name for name, module in network.named_modules() if isinstance(module, MATRICES)}, where)
 
 
 def _check_whole(layer: dict[str, Any], network: fx.GraphModule, where: str) -> None:
     """What is said of a layer before the cut: its parameters follow from its widths, and it had no fewer MACs than they say."""
     module = dict(network.named_modules()).get(layer["name"])
-    if not isinstance(module, (nn.modules.conv._ConvNd, nn.Linear, nn.modules.batchnorm._BatchNorm)) or 0 in (layer["in"][0], layer["out"][0]):
+    if not isinstance(module, (*MATRICES, nn.modules.batchnorm._BatchNorm)) or 0 in (layer["in"][0], layer["out"][0]):
         return
     weight, bias = (0 if tensor is None else tensor.numel() for tensor in (module.weight, module.bias))
     if layer["params"][0] != weight + bias:  # it shares them with others
         return
     inputs, outputs = (Fraction(layer[key][1], layer[key][0]) for key in ("in", "out"))
-    matrix = not isinstance(module, nn.modules.batchnorm._BatchNorm)
-    per_group = [inputs, Fraction(1)] if getattr(module, "groups", 1) > 1 else [inputs if matrix else Fraction(1)]
+    per_group = [inputs, Fraction(1)] if getattr(module, "groups", 1) > 1 else [inputs if isinstance(module, MATRICES) else Fraction(1)]
     fits = {weight * outputs * across + bias * outputs: layer["macs"][0] * outputs * across for across in per_group}
     if layer["params"][1] not in fits:
         refuse(where, ("layers", layer["name"], "params"), f"{layer['params'][1]} parameters before the cut do not follow from its widths")
@@ -206,9 +212,9 @@ def _check_whole(layer: dict[str, Any], network: fx.GraphModule, where: str) -> 
         refuse(where, ("layers", layer["name"], "macs"), f"{layer['macs'][1]} MACs before the cut are fewer than its widths say")
 
 
-def _check_groups(plan: dict[str, Any], where: str) -> None:
+def _check_groups(plan: dict[str, Any], matrices: set[str], where: str) -> None:
     """A group keeps the share of its channels that a layer of it does, where the channels of the layer are those of the group alone."""
-    outputs = {layer["name"]: layer["out"] for layer in plan["layers"] if layer["macs"][0]}
+    outputs = {layer["name"]: layer["out"] for layer in plan["layers"] if layer["macs"][0] and layer["name"] in matrices}
     groups_of: dict[str, int] = {}
     for group in plan["groups"]:
         for name in group["layers"]:

@@ -378,7 +378,10 @@ def finish(config: Config, budget: Budget, folder: Path, ending: str, job: Job, 
                 console.print(f"note: it takes {share:.3f} of the whole network's time, more than the {budget.latency:.3g} that --latency allows; ask for less, on a "
                               "machine that does nothing else", soft_wrap=True)
         bench.keep(folder, timed)
-        present(folder)
+        try:
+            present(folder)
+        except UserError as error:  # the artifacts are there all the same
+            failed.append(f"report and model card cannot be written ({error})")
     return {"folder": folder, "facts": facts, "failed": failed, "latency": timed, **results, "bytes_after": (folder / "model.safetensors").stat().st_size}
 
 
