@@ -6,12 +6,12 @@ import math
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-import numpy as np
-import torch
-
 from .errors import UserError
 
 if TYPE_CHECKING:
+    import numpy as np
+    import torch
+
     from .plan import Space
 
 #: The costs that a budget can limit, by the names of their options, and what they are counted in.

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import inspect as inspect_module
 import json
 import logging
 import os
+import re
 import sys
 import time
 import warnings
@@ -15,13 +17,16 @@ from typing import Annotated, Any, NoReturn, Optional
 
 import typer
 
-from . import CONVENTION
+from . import CONVENTION, __version__, ranges, stopping, streams
 from .budget import KINDS
 from .config import Config, configure
-from .errors import UserError
+from .errors import UserError, is_out_of_memory
 from .shown import printable
 
+# What is imported here is imported for `s2h --help` too: nothing that takes long, such as torch.
+
 app = typer.Typer(add_completion=False, no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False,
+                  context_settings={"help_option_names": ["-h", "--help"]},
                   help="Compress your own vision model in one training run.\n\n"
                        "Example: s2h prune resnet18 --data digits --flops 0.35 --no-pretrained")
 
@@ -32,6 +37,9 @@ DATA = typer.Option(help="A folder with train/ and val/, a folder of class folde
 
 #: What typer returns after Ctrl-C.
 INTERRUPTED = 130
+#: Words of an error message that are longer, in characters, are shortened.
+LONGEST_WORD = 1000
+STOPPED = "stopped before there was anything to keep; run the command again"
 SKIP = typer.Option("--skip-bad-images", help="Leave unreadable images out.")
 TRUST = typer.Option("--trust", help="Run code that a result or an exported file names or holds: only for files of people you trust.")
 
@@ -41,7 +49,35 @@ def setting(text: str, *names: str, default: Any = None, **options: Any) -> Any:
     return typer.Option(*names, help=text + (f" [default: {default}]" if default is not None else ""), show_default=False, **options)
 
 
-@app.command(epilog="Example: s2h prune resnet50 --data ./imagenet --flops 0.35")
+class Command(typer.core.TyperCommand):
+    """A command whose values are checked by the table of ranges before it runs."""
+
+    def invoke(self, ctx: typer.Context) -> Any:
+        names = {param.name: param.opts[-1] if param.param_type_name == "option" else (param.metavar or param.name.upper()) for param in self.params}
+        ranges.check(ctx.params, names)
+        return super().invoke(ctx)
+
+
+def show_version(asked: bool) -> None:
+    """Prints the versions that a report of a fault needs."""
+    if not asked:
+        return
+    found = {"s2h": __version__}
+    for package in ("torch", "timm"):
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            found[package] = "not installed"
+    print(", ".join(f"{name} {version}" for name, version in found.items()))
+    raise typer.Exit
+
+
+@app.callback()
+def start(version: Annotated[bool, typer.Option("--version", callback=show_version, is_eager=True, help="Show the versions of s2h, torch and timm.")] = False) -> None:
+    pass
+
+
+@app.command(cls=Command, epilog="Example: s2h prune resnet50 --data ./imagenet --flops 0.35")
 def prune(
     ctx: typer.Context,
     model: Annotated[Optional[str], MODEL] = None,
@@ -119,20 +155,22 @@ train.__signature__ = inspect_module.signature(prune, eval_str=True)
 train.__signature__ = train.__signature__.replace(parameters=[option for name, option in train.__signature__.parameters.items()
                                                               if name not in (*KINDS, "latency_format", "latency_batch", "method", "divisor", "exclude", "prune_head_dim")])
 train.__annotations__ = {name: option.annotation for name, option in train.__signature__.parameters.items()}
-app.command(epilog="Example: s2h train runs/resnet18-f0.35 --data ./other")(train)
+app.command(cls=Command, epilog="Example: s2h train runs/resnet18-f0.35 --data ./other")(train)
 
 
 def run_job(recipe: str | None, config: Path | None, resume: bool, dry_run: bool, trust: bool, **options: Any) -> None:
     """A training, and what is shown of it. `options`: settings by name; None or empty where they are not given."""
-    from . import run
-    from .report import tables
-
     settings = {option.name for option in fields(Config)}
     given = {name: value for name, value in options.items() if name in settings and value not in (None, [], ())}
     if resume and config is None and "output" in given and (earlier := Path(given["output"]) / "args.yaml").is_file():
         config, recipe = earlier, None  # so that nothing need be said again
+    configured = configure(given, recipe, config, trust)
+
+    from . import run
+    from .report import tables
+
     console = tables.console(quiet=distributed_rank() > 0)
-    results = run.prune(configure(given, recipe, config, trust), console, resume=resume, dry_run=dry_run, trust=trust)
+    results = run.prune(configured, console, resume=resume, dry_run=dry_run, trust=trust)
     for result in results:
         tables.show(tables.closing(result))
     if any(result["failed"] for result in results):
@@ -143,7 +181,7 @@ def run_job(recipe: str | None, config: Path | None, resume: bool, dry_run: bool
         console.print(f"Next:\n  s2h inspect {folder}\n  s2h export {folder} --format onnx{compare}", soft_wrap=True)
 
 
-@app.command(epilog="Example: s2h inspect resnet50")
+@app.command(cls=Command, epilog="Example: s2h inspect resnet50")
 def inspect(
     model: Annotated[str, typer.Argument(metavar="MODEL | RUN", help="A model as for prune, or the folder of a run.")],
     as_json: Annotated[bool, typer.Option("--json", help="Print the facts as JSON.")] = False,
@@ -163,7 +201,7 @@ def inspect(
         tables.show(tables.inspection(found))
 
 
-@app.command(epilog="Example: s2h export runs/resnet18-f0.35 --format onnx")
+@app.command(cls=Command, epilog="Example: s2h export runs/resnet18-f0.35 --format onnx")
 def export(
     folder: Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a run.")],
     format: Annotated[str, typer.Option(help="torchscript, onnx, pt2 or all.")] = "all",
@@ -186,7 +224,7 @@ def export(
         fail("; ".join(failed))
 
 
-@app.command(epilog="Example: s2h push runs/resnet18-f0.35 me/resnet18-small")
+@app.command(cls=Command, epilog="Example: s2h push runs/resnet18-f0.35 me/resnet18-small")
 def push(
     folder: Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a run.")],
     repo: Annotated[str, typer.Argument(metavar="USER/NAME", help="The repository; made if there is none.")],
@@ -201,7 +239,7 @@ def push(
     print(printable(address))
 
 
-@app.command(epilog="Example: s2h models 'convnext*'")
+@app.command(cls=Command, epilog="Example: s2h models 'convnext*'")
 def models(
     glob: Annotated[Optional[str], typer.Argument(metavar="[GLOB]", help="Names of timm and torchvision to list. [default: those measured]")] = None,
 ) -> None:
@@ -212,7 +250,7 @@ def models(
     tables.show(tables.models(zoo.known(glob), zoo.load()["versions"]))
 
 
-@app.command("recipes", epilog="Example: s2h recipes vit > mine.yaml")
+@app.command("recipes", cls=Command, epilog="Example: s2h recipes vit > mine.yaml")
 def recipes(name: Annotated[Optional[str], typer.Argument(metavar="[NAME]", help="The recipe to print.")] = None) -> None:
     """List the recipes of training, or print one to copy and edit."""
     from . import config
@@ -227,7 +265,7 @@ def recipes(name: Annotated[Optional[str], typer.Argument(metavar="[NAME]", help
         fail(f"no recipe '{name}'; there are {', '.join(found)}")
 
 
-@app.command(epilog="Example: s2h report runs/resnet18-f0.35")
+@app.command(cls=Command, epilog="Example: s2h report runs/resnet18-f0.35")
 def report(
     folders: Annotated[list[Path], typer.Argument(metavar="RUN", help="Folders of runs.")],
     output: Annotated[Optional[Path], typer.Option("-o", "--output", metavar="FILE", help="The page. [default: report.html in RUN; of several runs here]",
@@ -240,7 +278,7 @@ def report(
     print(printable(page.write_report(*folders, file=output or several)))
 
 
-@app.command(epilog="Example: s2h bench runs/resnet18-f0.35")
+@app.command(cls=Command, epilog="Example: s2h bench runs/resnet18-f0.35")
 def bench(
     items: Annotated[list[str], typer.Argument(metavar="RUN | MODEL | FILE", help="Folders of runs, each timed against what it was cut from; models as for "
                                                "prune; files model.onnx, model.ts or model.pt2.")],
@@ -255,12 +293,11 @@ def bench(
     as_json: Annotated[bool, typer.Option("--json", help="Print the figures as JSON.")] = False,
 ) -> None:
     """Measure how long results and models take on this machine, in turn, so that noise hits all alike."""
+    batches = sorted({ranges.whole_number(number, "batch") for number in batch.split(",")})
+
     from . import latency, run
     from .report import tables
 
-    batches = sorted({int(n) for n in batch.split(",") if n.strip().isdecimal() and int(n) > 0})
-    if len(batches) < len(batch.split(",")):
-        fail(f"--batch {batch} is no number of images; give one, such as 1, or several, such as 1,32")
     formats = format.split(",") if format else latency.installed()
     with tables.console(stderr=True).status("loading") as status:
         found = run.timed(items, formats=formats, batches=batches, img_size=img_size, device=device, threads=threads, seconds=seconds, trust=trust,
@@ -276,7 +313,7 @@ def bench(
         fail("; ".join(dict.fromkeys(failed)))
 
 
-@app.command("eval", epilog="Example: s2h eval runs/resnet18-f0.35/model.onnx --data digits")
+@app.command("eval", cls=Command, epilog="Example: s2h eval runs/resnet18-f0.35/model.onnx --data digits")
 def evaluate(
     artifact: Annotated[str, typer.Argument(metavar="RUN | FILE", help="The folder of a run, or its model.onnx, model.ts or model.pt2.")],
     data: Annotated[str, DATA],
@@ -298,21 +335,39 @@ def main(args: list[str] | None = None) -> None:
     """Runs the command line; an error that a user can mend ends in one line and exit code 2."""
     warnings.filterwarnings("ignore")
     logging.disable(logging.WARNING)
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):  # a name that the terminal has no letters for must not end a run
-            stream.reconfigure(errors="replace")
-    args = (sys.argv[1:] if args is None else args) or ["--help"]
+    with streams.steady() as out:
+        with stopping.listening():
+            try:
+                code = run_command((sys.argv[1:] if args is None else args) or ["--help"])
+            except SystemExit as end:
+                code = end.code
+        out.flush()
+        if not code and out.error is not None and not isinstance(out.error, BrokenPipeError):
+            code = print_error(f"cannot write the output ({out.error.strerror}); what was asked for is done")
+    raise SystemExit(code)
+
+
+def run_command(args: list[str]) -> int:
+    """The exit code of a command. Raises SystemExit after an error that was shown."""
     try:
         code = app(args=args, standalone_mode=False)
         if code == INTERRUPTED:
             raise KeyboardInterrupt
+        return code or 0
     except UserError as error:
         fail(str(error))
     except PermissionError as error:
         fail(f"no permission to read or write '{error.filename}'; ask for it, or choose another folder")
     except (KeyboardInterrupt, typer.Abort):
-        fail("stopped before there was anything to keep; run the command again")
+        fail(STOPPED)
     except Exception as error:
+        if stopping.asked():  # what a signal broke off elsewhere
+            fail(STOPPED)
+        if is_out_of_memory(error):
+            fail("out of memory; try smaller batches or images, end other programs, or use a machine with more memory")
+        if isinstance(error, OSError):
+            place = f" '{error.filename}'" if error.filename else ""
+            fail(f"cannot read or write{place} ({error.strerror or error}); check the name, the disk and your rights")
         if not hasattr(error, "format_message"):  # what typer finds wrong with the arguments
             from .distributed import lost_another
 
@@ -322,14 +377,21 @@ def main(args: list[str] | None = None) -> None:
         names = {command.name or command.callback.__name__ for command in app.registered_commands}
         command = f"s2h {args[0]}" if args[0] in names else "s2h"
         fail(f"{error.format_message().rstrip('.')}; see {command} --help")
-    raise SystemExit(code or 0)
 
 
 def fail(message: str) -> NoReturn:
     if distributed_rank() > 0:
+        if stopping.asked():
+            raise SystemExit(2)
         time.sleep(2)  # what fails in every process the first one says; torchrun ends the others with it
-    print(f"error: {printable(' '.join(message.split()))}", file=sys.stderr)
-    raise SystemExit(2) from None
+    raise SystemExit(print_error(message)) from None
+
+
+def print_error(message: str) -> int:
+    """Shows an error in one line; returns the exit code."""
+    brief = re.sub(rf"\S{{{LONGEST_WORD},}}", lambda word: f"{word[0][:50]}…", " ".join(message.split()))
+    print(f"error: {printable(brief)}", file=sys.stderr)
+    return 2
 
 
 def distributed_rank() -> int:

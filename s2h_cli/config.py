@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 import re
 import shlex
 import typing
@@ -15,6 +16,7 @@ import yaml
 from .budget import KINDS, Budget
 from .errors import UserError
 from .files import writing
+from .ranges import whole_number
 
 RECIPES = Path(__file__).parent / "recipes"
 
@@ -137,13 +139,11 @@ def configure(given: dict[str, Any], recipe: str | None = None, file: Path | Non
     if isinstance(settings.get("flops"), list):  # of a file
         settings["flops"] = ",".join(map(repr, settings["flops"]))
     if isinstance(divisor := settings.get("divisor"), str) and divisor != "auto":
-        if not divisor.isdigit():
-            raise UserError(f"--divisor {divisor} is no number; give one such as 8, or auto")
-        settings["divisor"] = int(divisor)
+        settings["divisor"] = whole_number(divisor, "divisor")
     if settings.get("latency") is not None:
         text = settings["latency"] = str(settings["latency"])  # a number, of a file
         share = latency_share(text, 1.0)
-        if share <= 0 or (share >= 1 and not text.endswith("ms")):
+        if not 0 < share < math.inf or (share >= 1 and not text.endswith("ms")):
             raise UserError(f"--latency {text} is no share of the latency; give a number between 0 and 1, such as 0.5, or milliseconds, such as {text if share > 0 else 4}ms")
     if isinstance(settings.get("flops"), str):
         settings["flops"] = _budgets(settings["flops"])

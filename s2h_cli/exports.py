@@ -21,7 +21,7 @@ from torch import fx
 from . import schema
 from .artifacts import load
 from .errors import UserError, why
-from .files import writing
+from .files import CannotWrite, cannot_write, whole, writing
 from .network_json import CALLABLES
 from .program import Program, cpu_copy, random_images
 
@@ -57,7 +57,8 @@ def _write_torchscript(program: Program, file: Path, metadata: str) -> None:
             free = False
         if not free:
             raise RuntimeError("tracing fixed the batch size")
-    torch.jit.save(traced, str(file), _extra_files={METADATA: metadata})
+    with whole(file) as sink:
+        torch.jit.save(traced, sink, _extra_files={METADATA: metadata})
 
 
 def _remember_sizes(model: fx.GraphModule) -> None:
@@ -118,7 +119,9 @@ def _lowered(model: Any, opset: int) -> Any:
 
 
 def _write_pt2(program: Program, file: Path, metadata: str) -> None:
-    torch.export.save(program.exported, file, extra_files={METADATA: metadata})
+    exported = program.exported
+    with whole(file) as sink:
+        torch.export.save(exported, sink, extra_files={METADATA: metadata})
 
 
 def _run_torchscript(file: Path) -> Run:
@@ -234,6 +237,7 @@ def export(small: fx.GraphModule | Program, path: str | os.PathLike, format: str
         The file.
 
     Raises:
+        CannotWrite: the file cannot be written.
         UserError: the format is unknown, or its exporter fails.
     """
     name, file = file_of(format), Path(path)
@@ -249,6 +253,8 @@ def export(small: fx.GraphModule | Program, path: str | os.PathLike, format: str
             cause: BaseException = error
             while cause.__cause__ is not None:
                 cause = cause.__cause__
+            if isinstance(cause, OSError):
+                raise cannot_write(file.parent, cause) from error
             raise UserError(f"export to {format} failed: {why(cause)}") from error
     return file
 
@@ -390,6 +396,8 @@ def export_all(program: Program, folder: Path, formats: Iterable[str], metadata:
         try:
             file = export(program, folder / file_of(format, kind), format, metadata)
             files[file.name] = file
+        except CannotWrite:  # nor can the others
+            raise
         except UserError as error:
             failed.append(str(error))
     return files, failed

@@ -54,7 +54,7 @@ def quantize(source: Path, target: Path, loader: DataLoader, metadata: dict[str,
                 model.metadata_props.clear()
                 onnx.helper.set_model_props(model, {exports.METADATA: json.dumps(metadata)})
                 onnx.save(model, str(quantized))
-        except UserError:  # an image that cannot be read
+        except (UserError, OSError):  # an image that cannot be read; a full disk
             raise
         except Exception as error:  # the quantizer raises whatever it likes
             raise UserError(f"ONNX Runtime cannot quantize {source} ({why(error)}); export it with --fp16 instead") from error

@@ -6,6 +6,7 @@ import copy
 import csv
 import itertools
 import json
+import os
 import sys
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, replace
@@ -18,13 +19,13 @@ from rich.console import Console
 from torch import fx, nn
 from torch.utils.data import DataLoader
 
-from . import artifacts, bench, computed, data, distributed, exports, hub, lookup, schema
+from . import artifacts, bench, computed, data, distributed, exports, hub, lookup, ranges, schema, stopping
 from .budget import KINDS, Budget
 from .config import Config, latency_share, of_result, resumed, write
 from .cost import count_macs
 from .device import check_compiler, pick_device
 from .errors import UserError
-from .files import cannot_write, writing
+from .files import CannotWrite, cannot_write, check_name, locked, writing
 from .graph import capture, to_device
 from .handout import write_handout
 from .latency import installed
@@ -45,7 +46,7 @@ from .teacher import NO_ONE, START, knows, load_teacher, start
 from .train import checkpoint, loop
 from .train.evaluate import top1
 from .train.loop import first_images, fit, seed_everything, try_step
-from .train.recipe import check, default_lr, flag
+from .train.recipe import check, default_lr
 
 #: Settings that depend on the data, where the user gave none: the digits are few and small.
 EPOCHS = {"digits": 20}
@@ -53,8 +54,6 @@ IMG_SIZE = {"digits": 32}
 DEFAULT_EPOCHS = 100
 #: What `--latency` measured, in the folder of a run.
 LATENCY = "latency.json"
-#: The least value of settings that count something.
-LEAST = {"epochs": 0, "workers": 0, "warmup_epochs": 0, "img_size": 1, "divisor": 1, "checkpoint_every": 1, "latency_batch": 1}
 
 
 def prune(config: Config, console: Console, *, resume: bool = False, dry_run: bool = False, trust: bool = True) -> list[dict[str, Any]]:
@@ -79,41 +78,66 @@ def prune(config: Config, console: Console, *, resume: bool = False, dry_run: bo
     device = pick_device(config.device)
     if config.sync_bn and distributed.WORLD > 1 and device.type == "cpu":
         raise UserError("--sync-bn needs GPUs: torch has no such batch norm for CPUs; leave it away")
-    distributed.join(device)
-    if not resume and distributed.RANK == 0:
-        new_folder(config)  # raises, before anything is loaded
-    last = folder / "checkpoints" / "last" if resume else None
-    state = checkpoint.load(last) if resume and last.exists() else None
-    job = prepare(config, device, console, folder if resume else None, resuming=state is not None, trust=trust)
-    if dry_run:
-        if config.epochs:
-            try_step(job.method, job.train, config, len(job.classes), job.teacher)
-        console.print(f"dry run: the budget can be met, a step works, nothing was written. To train:\n  {config.command()}", soft_wrap=True)
-        return []
-    if not resume:  # another run may have taken the name since
-        folder = Path(distributed.from_first(str(made_folder(config)) if distributed.RANK == 0 else ""))
-        last = folder / "checkpoints" / "last"
-    if distributed.RANK == 0 and not resume:
-        write(config, folder)
-        if job.latency:
-            with writing(folder) as aside:
-                (aside / LATENCY).write_text(json.dumps(asdict(job.latency)))
-        distributed.remember("folder", str(folder))
-    config.output = str(folder)
-    try:
-        row = train(config, job, folder, state, console)
-        distributed.leave()
-        if distributed.RANK > 0:
+    with ExitStack() as stack:
+        if distributed.RANK == 0 and resume and not dry_run:
+            stack.enter_context(locked(folder))
+        distributed.join(device)
+        if not resume and distributed.RANK == 0:
+            new_folder(config)  # raises, before anything is loaded
+        last = folder / "checkpoints" / "last" if resume else None
+        state = checkpoint.load(last) if resume and last.exists() else None
+        job = prepare(config, device, console, folder if resume else None, resuming=state is not None, trust=trust)
+        if dry_run:
+            if config.epochs:
+                try_step(job.method, job.train, config, len(job.classes), job.teacher)
+            console.print(f"dry run: the budget can be met, a step works, nothing was written. To train:\n  {config.command()}", soft_wrap=True)
             return []
-        val = data.make_loader(job.splits.val, train=False, **job.loading)
-        if config.teacher == START:  # it knows these classes
-            with data.naming_images(val), console.status("measuring the network that the run started from"):
-                row = {**row, **dict.fromkeys([f"top1_start{ending}" for ending in job.method.parts], top1(job.teacher, val, job.device))}
-        return [finish(config, budget, folder_of(folder, ending), ending, job, row, val, console)
-                for budget, ending in zip(job.budgets, job.method.parts)]
-    except KeyboardInterrupt:
-        kept = "the last checkpoint is kept" if last.exists() else "no epoch was finished"
-        raise UserError(f"stopped; {kept}, go on with: {config.command('--resume')}") from None
+        if not resume:  # another run may have taken the name since
+            folder = Path(distributed.from_first(str(made_folder(config)) if distributed.RANK == 0 else ""))
+        if distributed.RANK == 0 and not resume:
+            begin(config, folder)
+            stack.enter_context(locked(folder))
+            if job.latency:
+                with writing(folder) as aside:
+                    (aside / LATENCY).write_text(json.dumps(asdict(job.latency)))
+            distributed.remember("folder", str(folder))
+        config.output = str(folder)
+        with saying_how_to_go_on(config, folder):
+            row = train(config, job, folder, state, console)
+            distributed.leave()
+            if distributed.RANK > 0:
+                return []
+            val = data.make_loader(job.splits.val, train=False, **job.loading)
+            if config.teacher == START:  # it knows these classes
+                with data.naming_images(val), console.status("measuring the network that the run started from"):
+                    row = {**row, **dict.fromkeys([f"top1_start{ending}" for ending in job.method.parts], top1(job.teacher, val, job.device))}
+            return [finish(config, budget, folder_of(folder, ending), ending, job, row, val, console)
+                    for budget, ending in zip(job.budgets, job.method.parts)]
+
+
+def begin(config: Config, folder: Path) -> None:
+    """Writes the settings into a new run's folder, which goes again where that fails."""
+    try:
+        write(config, folder)
+    except BaseException:
+        folder.rmdir()
+        raise
+
+
+@contextmanager
+def saying_how_to_go_on(config: Config, folder: Path) -> Iterator[None]:
+    """Where a run is stopped, or cannot write, says what is kept and the command that goes on."""
+    command = config.command("--resume")
+    try:
+        yield
+    except CannotWrite as error:
+        raise UserError(f"{error.problem}; {error.advice}, then go on with: {command}") from error
+    except BaseException as error:
+        # A signal may also break off a worker, or another process of the job, whose error is then the first to be seen.
+        if not isinstance(error, KeyboardInterrupt) and not stopping.asked():
+            raise
+        kept = "the last checkpoint is kept" if (folder / "checkpoints" / "last").exists() else "no epoch was finished"
+        raise UserError(f"stopped; {kept}, go on with: {command}") from None
 
 
 class Job(NamedTuple):
@@ -136,6 +160,7 @@ class Job(NamedTuple):
 
 def check_settings(config: Config) -> None:
     """Raises UserError for a setting that cannot be meant, before anything is loaded."""
+    ranges.check(vars(config))
     if config.method not in METHODS:
         raise UserError(f"no --method {config.method}; choose from {', '.join(METHODS)}")
     if config.epochs == 0 and config.method != "s2h":
@@ -148,9 +173,6 @@ def check_settings(config: Config) -> None:
         raise UserError(f"--method dense cuts nothing; leave {asked(config)} away")
     if config.method != "s2h" and len(config.budgets) > 1:
         raise UserError(f"--flops {config.shares['flops']} names several budgets, which --method s2h alone trains in one run; give one")
-    for name, least in LEAST.items():
-        if getattr(config, name) not in (None, "auto") and getattr(config, name) < least:
-            raise UserError(f"{flag(name)} is {getattr(config, name)}; give {least} or more")
     for kind, share in (item for budget in config.budgets for item in budget.shares.items()):
         if not 0 < share < 1 and config.method != "dense":
             raise UserError(f"--{kind} {share:g} is no share of the {KINDS[kind]}; give a number between 0 and 1, such as 0.35")
@@ -299,6 +321,8 @@ def train(config: Config, job: Job, folder: Path, state: dict | None, console: C
 
     def save(state: dict) -> None:
         if leads:
+            if not (folder / "args.yaml").exists():  # somebody removed the folder
+                write(config, folder)
             write_summary(folder / "summary.csv", state["rows"])
             checkpoint.save(folder / "checkpoints" / "last", state)
 
@@ -462,13 +486,21 @@ def export(folder: Path, format: str, *, opset: int | None = None, batch: int | 
 
 def timed(items: list[str], **options: Any) -> dict[str, Any]:
     """`bench.bench`, whose figures the reports of the runs show."""
-    found = bench.bench(items, **options)
-    for folder in {hub.local(pair["after"]) for pair in found["pairs"]}:
-        try:
-            present(folder)
-        except UserError as error:  # what was measured is shown all the same
-            found["not_kept"].append(str(error))
+    with ExitStack() as stack:
+        for home in {home_of(Path(item)) for item in items if is_run(item) and not item.startswith(hub.HUB)}:
+            stack.enter_context(locked(home))
+        found = bench.bench(items, **options)
+        for folder in {hub.local(pair["after"]) for pair in found["pairs"]}:
+            try:
+                present(folder)
+            except UserError as error:  # what was measured is shown all the same
+                found["not_kept"].append(str(error))
     return found
+
+
+def home_of(folder: Path) -> Path:
+    """The folder of the run that a result is of: the one above for one of several budgets."""
+    return folder.parent if (folder.parent / "args.yaml").exists() and not (folder / "args.yaml").exists() else folder
 
 
 def compared(small: fx.GraphModule, files: dict[str, Path], input_size: tuple[int, int, int], **options: Any) -> tuple[dict[str, float], list[str]]:
@@ -537,13 +569,18 @@ def new_folder(config: Config) -> Path:
     """A new run's folder: `-o`, or the next free `runs/NAME-fSHARE`.
 
     Raises:
-        UserError: it exists.
+        UserError: it exists, or cannot be made.
     """
     if not config.output:
-        return next(p for i in itertools.count(1) if not (p := default_folder(config, i)).exists())
-    if Path(config.output).exists():
-        raise UserError(f"'{config.output}' exists and is kept; add --resume to go on with it, or choose another folder with -o")
-    return Path(config.output)
+        check_name(default_folder(config, 1))
+        return next(p for i in itertools.count(1) if not os.path.lexists(p := default_folder(config, i)))
+    folder = Path(config.output)
+    check_name(folder)
+    if folder.is_file():
+        raise UserError(f"'{folder}' is a file; choose a folder with -o")
+    if os.path.lexists(folder):
+        raise UserError(f"'{folder}' exists and is kept; add --resume to go on with it, or choose another folder with -o")
+    return folder
 
 
 def made_folder(config: Config) -> Path:
@@ -557,9 +594,9 @@ def made_folder(config: Config) -> Path:
         try:
             folder.mkdir(parents=True)
             return folder
+        except FileExistsError:
+            continue
         except OSError as error:
-            if folder.exists():
-                continue
             raise cannot_write(folder, error) from error
 
 
@@ -569,6 +606,8 @@ def old_folder(config: Config) -> Path:
     Raises:
         UserError: there is none.
     """
+    if config.output:
+        check_name(Path(config.output))
     named = [Path(config.output)] if config.output else (default_folder(config, i) for i in range(9999, 0, -1))
     found = next((path for path in named if path.exists()), None)
     if found is None:

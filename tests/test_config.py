@@ -103,7 +103,7 @@ def test_budgets_of_a_file_are_those_of_the_command_line(tmp_path):
 @pytest.mark.parametrize("change", [{"epochs": -1}, {"workers": -3}, {"warmup_epochs": -2}, {"divisor": 0}, {"checkpoint_every": 0}])
 def test_numbers_of_a_file_below_the_least_are_refused(change):
     (name, value), = change.items()
-    with pytest.raises(UserError, match=f"--{name.replace('_', '-')} is {value}"):
+    with pytest.raises(UserError, match=f"--{name.replace('_', '-')} {value} is out of range"):
         check_settings(configure(GIVEN | change))
 
 

@@ -8,20 +8,17 @@ from typing import Any
 import torch
 
 from ..errors import UserError, why
-from ..files import check_regular, writing
+from ..files import check_regular, whole, writing
 
 
 def save(path: Path, state: dict[str, Any]) -> None:
     """Writes a checkpoint; the one before stays until the new one is whole.
 
     Raises:
-        UserError: the file cannot be written.
+        CannotWrite: it cannot be written.
     """
-    with writing(path.parent) as folder:
-        try:
-            torch.save(state, folder / path.name)
-        except RuntimeError as error:  # how torch.save reports a full disk
-            raise OSError(why(error)) from error
+    with writing(path.parent) as folder, whole(folder / path.name) as file:
+        torch.save(state, file)
 
 
 def load(path: Path) -> dict[str, Any]:

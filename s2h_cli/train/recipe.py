@@ -15,7 +15,7 @@ from timm.scheduler.scheduler import Scheduler
 from timm.utils import ModelEmaV3
 from torch import nn
 
-from .. import distributed
+from .. import distributed, ranges
 from ..config import Recipe
 from ..errors import UserError, why
 
@@ -25,24 +25,10 @@ AMP_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def check(recipe: Recipe) -> None:
-    """Raises UserError for a setting that has no meaning, for an optimizer or a schedule that timm does not have."""
-    positive = {"batch_size": 64, "grad_accum_steps": 2, "lr": 0.001, "layer_decay": 0.75, "clip_grad": 1.0}
-    for name, example in positive.items():
-        value = getattr(recipe, name)
-        if value is not None and not value > 0:
-            raise UserError(f"{flag(name)} {value:g} must be positive; try {example:g}")
-    shares = {"weight_decay": 0.05, "smoothing": 0.1, "reprob": 0.25, "crop_min": 0.08, "hflip": 0.5, "drop": 0.1, "drop_path": 0.1, "ema": 0.9998}
-    for name, example in shares.items():
-        value = getattr(recipe, name)
-        if value is not None and not 0 <= value < 1:
-            raise UserError(f"{flag(name)} {value:g} must be at least 0 and below 1; try {example:g}")
-    if min(recipe.mixup, recipe.cutmix) < 0:
-        raise UserError("--mixup and --cutmix must not be negative; try --mixup 0.2 --cutmix 1.0, or 0 for none")
+    """Raises UserError for a setting out of its range, for an optimizer or a schedule that timm does not have."""
+    ranges.check(vars(recipe))
     if (recipe.mixup or recipe.cutmix) and recipe.batch_size % (2 * distributed.WORLD):
         raise UserError(f"--mixup and --cutmix mix pairs of images; make --batch-size {recipe.batch_size} a multiple of {2 * distributed.WORLD}")
-    for name, value in (("min_lr", recipe.min_lr), ("color_jitter", recipe.color_jitter)):
-        if value is not None and not value >= 0:
-            raise UserError(f"{flag(name)} {value:g} must not be negative")
     if recipe.amp_dtype not in AMP_DTYPES:
         raise UserError(f"no --amp-dtype {recipe.amp_dtype}; choose from {', '.join(AMP_DTYPES)}")
     if recipe.opt.lower() not in list_optimizers():
@@ -63,11 +49,6 @@ def check(recipe: Recipe) -> None:
             create_transform(32, is_training=True, auto_augment=recipe.aa)
         except Exception as error:  # asserts and key errors of timm's parser
             raise UserError(f"--aa {recipe.aa} is no augmentation policy of timm; try rand-m9-mstd0.5-inc1 or original") from error
-
-
-def flag(name: str) -> str:
-    """The option of a setting."""
-    return "--" + name.replace("_", "-")
 
 
 def make_optimizer(network: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
