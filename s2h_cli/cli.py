@@ -20,7 +20,8 @@ import typer
 from . import CONVENTION, __version__, ranges, stopping, streams
 from .budget import KINDS
 from .config import Config, configure
-from .errors import UserError, is_out_of_memory
+from .files import locked
+from .errors import MORE_MEMORY, UserError, is_out_of_memory
 from .shown import printable
 
 # What is imported here is imported for `s2h --help` too: nothing that takes long, such as torch.
@@ -217,7 +218,8 @@ def export(
     from . import run
     from .report import tables
 
-    found, failed = run.export(folder, format, opset=opset, batch=batch, half=fp16, int8=int8, spec=data, skip_bad_images=skip_bad_images, workers=workers)
+    with locked(run.home_of(folder)):
+        found, failed = run.export(folder, format, opset=opset, batch=batch, half=fp16, int8=int8, spec=data, skip_bad_images=skip_bad_images, workers=workers)
     if found:
         tables.show(tables.exported(folder, found))
     if failed:
@@ -364,7 +366,7 @@ def run_command(args: list[str]) -> int:
         if stopping.asked():  # what a signal broke off elsewhere
             fail(STOPPED)
         if is_out_of_memory(error):
-            fail("out of memory; try smaller batches or images, end other programs, or use a machine with more memory")
+            fail(MORE_MEMORY)
         if isinstance(error, OSError):
             place = f" '{error.filename}'" if error.filename else ""
             fail(f"cannot read or write{place} ({error.strerror or error}); check the name, the disk and your rights")

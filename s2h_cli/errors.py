@@ -10,12 +10,13 @@ class UserError(Exception):
     """
 
 
-#: What libraries say when memory is short: torch and its allocators, oneDNN, CUDA's libraries, ONNX Runtime, the operating system.
+#: What libraries say when memory is short: torch, oneDNN, CUDA's libraries, ONNX Runtime, the operating system.
 OUT_OF_MEMORY = (
-    "out of memory", "allocate memory", "could not create a primitive", "could not create a memory", "bad_alloc", "bad allocation", "alloc_failed",
-    "failed to allocate", "unable to allocate", "failed to map", "unable to mmap", "unable to write to file </torch", "errno 12]",
-    "can't start new thread",
+    "out of memory", "allocate memory", "could not create a primitive", "could not create a memory", "bad_alloc",
+    "bad allocation", "alloc_failed", "failed to allocate", "unable to allocate", "failed to map", "unable to mmap",
+    "unable to write to file </torch", "unable to resize file </torch", "errno 12]", "can't start new thread",
 )
+MORE_MEMORY = "out of memory; try smaller batches or images, end other programs, or use a machine with more memory"
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -52,13 +52,13 @@ def cannot_write(folder: Path, error: OSError) -> CannotWrite:
 
 
 def check_name(folder: Path) -> None:
-    """Raises CannotWrite where a folder of this name cannot be made, if it is not there."""
+    """Raises CannotWrite where there is no folder of this name and none can be made."""
     with written(folder):
         for part in folder.parts:
             if len(os.fsencode(part)) > LONGEST_NAME:
                 raise OSError(errno.ENAMETOOLONG, os.strerror(errno.ENAMETOOLONG))
         near = next(place for place in (folder, *folder.absolute().parents) if os.path.lexists(place))
-        if near != folder and not near.is_dir():
+        if not near.is_dir():
             raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
         if near != folder and not os.access(near, os.W_OK | os.X_OK):
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))

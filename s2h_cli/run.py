@@ -24,7 +24,7 @@ from .budget import KINDS, Budget
 from .config import Config, latency_share, of_result, resumed, write
 from .cost import count_macs
 from .device import check_compiler, pick_device
-from .errors import UserError
+from .errors import MORE_MEMORY, UserError, is_out_of_memory
 from .files import CannotWrite, cannot_write, check_name, locked, writing
 from .graph import capture, to_device
 from .handout import write_handout
@@ -133,11 +133,13 @@ def saying_how_to_go_on(config: Config, folder: Path) -> Iterator[None]:
     except CannotWrite as error:
         raise UserError(f"{error.problem}; {error.advice}, then go on with: {command}") from error
     except BaseException as error:
-        # A signal may also break off a worker, or another process of the job, whose error is then the first to be seen.
-        if not isinstance(error, KeyboardInterrupt) and not stopping.asked():
-            raise
         kept = "the last checkpoint is kept" if (folder / "checkpoints" / "last").exists() else "no epoch was finished"
-        raise UserError(f"stopped; {kept}, go on with: {command}") from None
+        # A signal may also break off a worker, or another process of the job, whose error is then the first to be seen.
+        if isinstance(error, KeyboardInterrupt) or stopping.asked():
+            raise UserError(f"stopped; {kept}, go on with: {command}") from None
+        if is_out_of_memory(error) and not isinstance(error, UserError):
+            raise UserError(f"{MORE_MEMORY}; {kept}, go on with: {command}") from error
+        raise
 
 
 class Job(NamedTuple):
@@ -576,8 +578,6 @@ def new_folder(config: Config) -> Path:
         return next(p for i in itertools.count(1) if not os.path.lexists(p := default_folder(config, i)))
     folder = Path(config.output)
     check_name(folder)
-    if folder.is_file():
-        raise UserError(f"'{folder}' is a file; choose a folder with -o")
     if os.path.lexists(folder):
         raise UserError(f"'{folder}' exists and is kept; add --resume to go on with it, or choose another folder with -o")
     return folder

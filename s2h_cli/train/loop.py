@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader
 
 from .. import distributed
 from ..config import Recipe
-from ..errors import UserError, why
+from ..errors import UserError, is_out_of_memory, why
 from .evaluate import Batch, enough_images, restate, top1
 from .recipe import AMP_DTYPES, make_criterion, make_ema, make_mixup, make_optimizer, make_scheduler
 
@@ -114,8 +114,8 @@ class Training:
                         found = self.run(run, images, targets, criterion)
                     self.method.backward({name: self.scaler.scale(term / self.recipe.grad_accum_steps) for name, term in found.items()})
                 terms |= {name: term.detach() for name, term in found.items()}
-        except RuntimeError as error:
-            if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in str(error):
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
                 raise
             half = max(1, self.recipe.batch_size // 2)
             raise UserError(f"out of memory at --batch-size {self.recipe.batch_size}; try --batch-size {half} --grad-accum-steps "
