@@ -12,6 +12,8 @@ from .errors import UserError
 LONGEST_TEXT = 4096
 #: The most of what is counted, where nothing else limits it.
 MANY = 1_000_000
+#: The largest float32.
+LARGEST = 3.4e38
 
 
 class Range(NamedTuple):
@@ -38,12 +40,12 @@ RANGES = {
     "epochs": Range(0, MANY, 100),
     "batch_size": Range(1, MANY, 64),
     "grad_accum_steps": Range(1, MANY, 2),
-    "lr": Range(0, 1000, 0.001, "least"),
-    "min_lr": Range(0, 1000, 1e-5),
+    "lr": Range(0, LARGEST, 0.001, "least"),
+    "min_lr": Range(0, LARGEST, 1e-5),
     "weight_decay": Range(0, 1, 0.05, "most"),
     "momentum": Range(0, 1, 0.9, "most"),
     "layer_decay": Range(0, 1, 0.75, "least"),
-    "clip_grad": Range(0, MANY, 1.0, "least"),
+    "clip_grad": Range(0, LARGEST, 1.0, "least"),
     "warmup_epochs": Range(0, MANY, 5),
     "smoothing": Range(0, 1, 0.1, "most"),
     "mixup": Range(0, 1000, 0.2),
