@@ -39,6 +39,8 @@ class Budget:
 
     def excess(self, space: Space, widths: torch.Tensor) -> torch.Tensor:
         """Share minus allowed share of the cost that is furthest over its limit, a float64 scalar, differentiable in real widths (groups,)."""
+        import torch  # here, as the command line imports this module for --help
+
         found = {kind: space.costs[kind].differentiable(widths) / space.full_costs[kind] for kind in self.shares}
         worst = torch.stack([found[kind].detach() / share for kind, share in self.shares.items()]).argmax(0, keepdim=True)  # on a GPU none waits for it
         return torch.stack([found[kind] - share for kind, share in self.shares.items()]).index_select(0, worst).squeeze(0)
