@@ -137,7 +137,7 @@ def onnx_session(file: Path, threads: int = 0, cuda: bool = False) -> Any:
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
+    options.log_severity_level = 4  # what goes wrong is raised, too
     options.intra_op_num_threads = threads
     if cuda and "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
         raise UserError("this onnxruntime is for CPUs; install onnxruntime-gpu")

@@ -92,7 +92,7 @@ def write_report(*folders: Path, file: Path | None = None) -> Path:
     body, charts = comparison(runs) if len(runs) > 1 else single(runs[0])
     title = " and ".join(run.plan["model"] for run in runs[:2]) + (" and more" if len(runs) > 2 else "")
     page = (resources.files(__package__) / "page.html").read_text(encoding="utf-8")
-    places = {"TITLE": _safe(f"{title} · s2h"), "PLOTLY": get_plotlyjs(), "FIGURES": json.dumps(charts).replace("<", "\\u003c"), "BODY": body}
+    places = {"TITLE": _safe(f"{title} · s2h"), "PLOTLY": get_plotlyjs(), "FIGURES": json.dumps(_without_nan(charts)).replace("<", "\\u003c"), "BODY": body}
     page = re.sub("@(TITLE|PLOTLY|FIGURES|BODY)@", lambda place: places[place[1]], page)  # in one go: nothing that is filled in is taken for a place
     with writing(file.parent) as aside:
         (aside / file.name).write_text(page, encoding="utf-8", errors="replace")
@@ -219,6 +219,15 @@ def _table(columns: list[str], rows: list[list[Any]]) -> str:
     head = "".join(f"<th{kind}>{_safe(column.lstrip('>'))}</th>" for kind, column in zip(kinds, columns))
     body = "".join("<tr>" + "".join(f"<td{kind}>{_safe(cell)}</td>" for kind, cell in zip(kinds, row)) + "</tr>" for row in rows)
     return f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+
+
+def _without_nan(value: Any) -> Any:
+    """Data of charts as JSON can hold them: what is no finite number is left out of the chart."""
+    if isinstance(value, dict):
+        return {key: _without_nan(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_without_nan(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _percent(value: float | None) -> str:
