@@ -363,6 +363,28 @@ def torch_file(rng: random.Random, content: bytes) -> bytes:
     return out.getvalue()
 
 
+def checkpoint_file(rng: random.Random, content: bytes) -> bytes:
+    """A checkpoint with one value changed, at any depth: a number, a tensor, a key."""
+    if rng.random() < 0.5:
+        return torch_file(rng, content)
+    out = io.BytesIO()
+    torch.save(change_state(rng, torch.load(io.BytesIO(content), weights_only=True)), out)
+    return out.getvalue()
+
+
+def change_state(rng: random.Random, state: Any) -> Any:
+    """A state of tensors and plain data with one value changed."""
+    container, key = places(rng, state)
+    value = container[key]
+    if rng.random() < 0.2:
+        del container[key]
+    elif isinstance(value, torch.Tensor) and rng.random() < 0.8:
+        container[key] = rng.choice([value[None], value.flatten()[:-1], value.double() * torch.nan, value.bool(), -value.float(), 0])
+    else:
+        container[key] = rng.choice([change_value(rng, value) if not isinstance(value, torch.Tensor) else None, torch.zeros(2), "x"])
+    return state
+
+
 def safetensors_file(rng: random.Random, content: bytes) -> bytes:
     if rng.random() < 0.4:
         return change_bytes(rng, content)

@@ -97,7 +97,7 @@ def warm() -> None:
 
 
 def make_base(folder: Path, timed: bool = True) -> None:
-    """Writes what the cases damage: a model, images, and results `run`, `several/f0.5`, `several/f0.7` and `timed`."""
+    """Writes what the cases damage: a model, images, and results `run`, `half`, `several/f0.5`, `several/f0.7` and `timed`."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "net.py").write_text(MODEL)
     (folder / "evil.py").write_text(EVIL)
@@ -116,6 +116,10 @@ def make_base(folder: Path, timed: bool = True) -> None:
         verdict = run_case(folder, ["prune", *TRAIN, *options, "--epochs", "1", "-o", name], watched=False)
         if verdict.failures and name != "timed":  # so small a network need not become faster
             raise SystemExit(f"the base cannot be made: {verdict.output}")
+    (folder / "half" / "checkpoints").mkdir(parents=True)  # stopped after the first of two epochs
+    shutil.copy(folder / "run" / "checkpoints" / "last", folder / "half" / "checkpoints")
+    settings = (folder / "run" / "args.yaml").read_text()
+    (folder / "half" / "args.yaml").write_text(settings.replace("epochs: 1\n", "epochs: 2\n").replace("output: run", "output: half"))
     module = torch.nn.Linear(1, 1)
     torch.save(module.state_dict(), folder / "weights.pth")
     for path in folder.rglob("report.html"):
@@ -267,7 +271,7 @@ KINDS: dict[str, Callable[[random.Random, Path], list[str]]] = {
         ["eval", "FILE", *DATA, "--trust"],
         ["bench", "FILE", "--batch", "1", "--seconds", "0.1", "--trust"],
     ),
-    "checkpoint": of_file("run/checkpoints/*", damage.torch_file, *RESUME),
+    "checkpoint": of_file("[!t]*/checkpoints/*", damage.checkpoint_file, ["prune", "net.py:build", "--resume", "-o", "RUN"]),
     "weights": of_file(
         "weights.pth",
         damage.torch_file,
@@ -286,6 +290,22 @@ KINDS: dict[str, Callable[[random.Random, Path], list[str]]] = {
 #: How often each is taken.
 OFTEN = {"plan": 5, "options": 3, "images": 2, "args": 2, "onnx": 2}
 ORDER = [name for name in KINDS for _ in range(OFTEN.get(name, 1))]
+#: How many cases of each kind `--quick` runs: of the kinds that cost little, many.
+QUICK = {
+    "plan": 40,
+    "args": 12,
+    "bench": 10,
+    "csv": 8,
+    "weights_of_result": 12,
+    "onnx": 16,
+    "ts": 8,
+    "pt2": 6,
+    "checkpoint": 16,
+    "weights": 4,
+    "recipe": 8,
+    "images": 8,
+    "options": 24,
+}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -430,16 +450,17 @@ def _one(job: tuple[Path, str, int]) -> tuple[str, int, Verdict]:
     return kind, seed, case(base, kind, seed)
 
 
-def cases(count: int, first: int = 0) -> list[tuple[str, int]]:
-    """So many cases, in which each kind comes as often as `OFTEN` says."""
-    return [(ORDER[seed % len(ORDER)], seed) for seed in range(first, first + count)]
+def cases(seeds: range) -> list[tuple[str, int]]:
+    """A case of each seed, in which each kind comes as often as `OFTEN` says."""
+    return [(ORDER[seed % len(ORDER)], seed) for seed in seeds]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cases", type=int, default=5000)
-    parser.add_argument("--seed", type=int, default=0, help="of the first case, or with --only of the one")
-    parser.add_argument("--only", choices=KINDS, help="run one case of this kind")
+    parser.add_argument("--cases", type=int, help="how many: 5000, or one with --only")
+    parser.add_argument("--seed", type=int, default=0, help="of the first case")
+    parser.add_argument("--quick", action="store_true", help="a few cases of each kind, always the same, as the tests do")
+    parser.add_argument("--only", choices=KINDS, help="cases of this kind alone")
     parser.add_argument("--workers", type=int, default=os.cpu_count())
     parser.add_argument("--base", type=Path, help="a folder that keeps the results that are damaged; made if need be")
     parser.add_argument("--output", type=Path, default=Path("fuzz-failures.jsonl"))
@@ -449,11 +470,15 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as place:
         base = args.base or Path(place) / "base"
         if not base.exists():
-            make_base(base)
-        wanted = [(args.only, args.seed)] if args.only else cases(args.cases, args.seed)
+            make_base(base, timed=not args.quick)
+        count = args.cases or (1 if args.only else 5000)
+        seeds = range(args.seed, args.seed + count)
+        wanted = [(args.only, seed) for seed in seeds] if args.only else cases(seeds)
+        if args.quick:
+            wanted = [(kind, seed) for kind, count in QUICK.items() for seed in range(count)]
         start, found, failed, slowest, largest = time.monotonic(), Counter(), Counter(), 0.0, 0
         with open(args.output, "w") as file:
-            for kind, seed, verdict in run_cases(base, wanted, 1 if args.only else args.workers):
+            for kind, seed, verdict in run_cases(base, wanted, args.workers):
                 found[kind] += 1
                 slowest, largest = max(slowest, verdict.seconds), max(largest, verdict.memory)
                 if args.verbose:

@@ -139,7 +139,7 @@ def configure(given: dict[str, Any], recipe: str | None = None, file: Path | Non
     if isinstance(settings.get("flops"), list):  # of a file
         settings["flops"] = ",".join(map(repr, settings["flops"]))
     if isinstance(divisor := settings.get("divisor"), str) and divisor != "auto":
-        settings["divisor"] = whole_number(divisor, "divisor")
+        settings["divisor"] = whole_number(divisor, "divisor", ", or auto")
     if settings.get("latency") is not None:
         text = settings["latency"] = str(settings["latency"])  # a number, of a file
         share = latency_share(text, 1.0)

@@ -15,7 +15,7 @@ def _table(text: str) -> frozenset[str]:
 
 #: New tensors from tensors, as `operator.overload` of ATen.
 FUNCTIONAL = _table("""
-    _to_copy; _unsafe_view; _upsample_bicubic2d_aa: default vec; _upsample_bilinear2d_aa: default vec;
+    _to_copy; _unsafe_view; _upsample_bicubic2d_aa: default vec; _upsample_bilinear2d_aa: default vec; _upsample_lanczos2d_aa: default vec;
     _upsample_nearest_exact1d: default vec; _upsample_nearest_exact2d: default vec; _upsample_nearest_exact3d:
     default vec; _weight_norm; abs; absolute; acos; acosh; adaptive_avg_pool1d; adaptive_avg_pool2d;
     adaptive_avg_pool3d; adaptive_max_pool1d; adaptive_max_pool2d; adaptive_max_pool3d; add: Tensor Scalar; addbmm;
@@ -53,9 +53,9 @@ FUNCTIONAL = _table("""
     input; lt: Tensor Scalar; mT; masked_fill: Scalar Tensor; masked_scatter; matmul; matrix_exp;
     matrix_power; max: other default dim; max_pool1d; max_pool1d_with_indices; max_pool2d; max_pool2d_with_indices;
     max_pool3d; max_pool3d_with_indices; max_unpool2d; max_unpool3d; maximum; mean: default dim; median: default
-    dim; meshgrid: default indexing; min: other default dim; minimum; mish; mm: default dtype; moveaxis: intlist
+    dim; meshgrid: default indexing; min: other default dim; minimum; mish; mm: default dtype; mode; moveaxis: intlist
     int; movedim: int intlist; msort; mul: Tensor Scalar; multiply: Tensor Scalar; mv; nan_to_num; nanmean;
-    nanmedian: default dim; nansum; narrow: default Tensor; ne: Tensor Scalar; neg; negative; new_full; new_ones;
+    nanmedian: default dim; nansum; narrow: default Tensor; native_channel_shuffle; ne: Tensor Scalar; neg; negative; new_full; new_ones;
     new_zeros; norm: Scalar ScalarOpt_dim ScalarOpt_dim_dtype ScalarOpt_dtype; not_equal: Tensor Scalar;
     nuclear_norm: default dim; numpy_T; one_hot; ones; ones_like; outer; pad; pairwise_distance; pdist;
     permute; pixel_shuffle; pixel_unshuffle; polar; positive; pow: Tensor_Tensor Tensor_Scalar Scalar; prelu; prod:
@@ -71,7 +71,7 @@ FUNCTIONAL = _table("""
     split_with_sizes; sqrt; square; squeeze: default dim dims; stack; std: default dim correction; std_mean: default
     dim correction; sub: Tensor Scalar; subtract: Tensor Scalar; sum: dim_IntList default; swapaxes; swapdims; t;
     take_along_dim; tan; tanh; tensor_split: sections indices tensor_indices_or_sections; tensordot; threshold;
-    tile; to: device dtype other dtype_layout; topk; trace; transpose: int; tril; tril_indices; triu; triu_indices;
+    tile; to: device dtype other dtype_layout; topk; trace; transpose: int; trapezoid: x dx; tril; tril_indices; triu; triu_indices;
     true_divide: Tensor Scalar; trunc; type_as; unbind: int; unflatten: int; unfold; unsafe_chunk; unsafe_split:
     Tensor; unsafe_split_with_sizes; unsqueeze; upsample_bicubic2d: default vec; upsample_bilinear2d: default vec;
     upsample_linear1d: default vec; upsample_nearest1d: default vec; upsample_nearest2d: default vec;

@@ -16,6 +16,7 @@ from functools import cached_property
 from typing import Any, Callable, Iterator
 
 import numpy as np
+import torch
 from torch import fx
 
 from . import rebuild
@@ -372,6 +373,20 @@ class Plan:
     def whole(cls, space: Space) -> "Plan":
         """Nothing is cut."""
         return cls(space, np.ones(space.size, bool))
+
+    @classmethod
+    def from_file(cls, space: Space, keep: torch.Tensor) -> "Plan":
+        """The plan of a tensor that a checkpoint holds.
+
+        Raises:
+            ValueError: it is none of this space.
+        """
+        if keep.dtype != torch.bool or keep.shape != (space.size,):
+            raise ValueError(f"kept channels: {space.size} truth values are needed, not {keep.numel()} of {keep.dtype}")
+        plan = cls(space, keep.cpu().numpy())
+        if not plan.widths.all():
+            raise ValueError("kept channels: a group has none left")
+        return plan
 
     @cached_property
     def widths(self) -> np.ndarray:

@@ -89,8 +89,8 @@ def check(values: dict[str, Any], names: dict[str, str] | None = None) -> None:
                 raise UserError(f"{shown} {_brief(item)} is out of range: it must be {RANGES[name]}; try {RANGES[name].example:g}")
 
 
-def whole_number(text: str, name: str) -> int:
-    """The number that a text holds, in the range of this name.
+def whole_number(text: str, name: str, or_else: str = "") -> int:
+    """The number that a text holds, in the range of this name. `or_else`: what the option takes besides, such as ", or auto".
 
     Raises:
         UserError: it is no number, or out of range.
@@ -98,7 +98,7 @@ def whole_number(text: str, name: str) -> int:
     try:
         number = int(text)
     except ValueError:
-        raise UserError(f"{flag(name)} {_brief(text)} is no whole number; give one such as {RANGES[name].example:g}") from None
+        raise UserError(f"{flag(name)} {_brief(text)} is no whole number; give one such as {RANGES[name].example:g}{or_else}") from None
     check({name: number})
     return number
 

@@ -851,8 +851,8 @@ RULES: dict[str, Callable[[Call], Any]] = {
     **dict.fromkeys(("softmax", "log_softmax", "cumsum", "cumprod", "cummax", "cummin", "logcumsumexp", "sort", "argsort", "topk", "kthvalue", "mode",
                      "median", "nanmedian", "aminmax", "diff", "gather", "take_along_dim", "scatter", "scatter_add", "scatter_reduce", "roll", "flip",
                      "cosine_similarity", "linalg_vecdot", "linalg_cross", "trapezoid"), along),
-    **dict.fromkeys((f"{pool}{d}d{indices}" for pool in ("max_pool", "avg_pool", "adaptive_max_pool", "adaptive_avg_pool", "lp_pool", "fractional_max_pool")
-                     for d in (1, 2, 3) for indices in ("", "_with_indices")), spatial),
+    **dict.fromkeys((f"{pool}{d}d" for pool in ("max_pool", "avg_pool", "adaptive_max_pool", "adaptive_avg_pool") for d in (1, 2, 3)), spatial),
+    **dict.fromkeys((f"max_pool{d}d_with_indices" for d in (1, 2, 3)), spatial),
     **dict.fromkeys((*(f"{nearest}{d}d" for nearest in ("upsample_nearest", "_upsample_nearest_exact") for d in (1, 2, 3)), "upsample_linear1d",
                      "upsample_bilinear2d", "upsample_bicubic2d", "_upsample_bilinear2d_aa", "_upsample_bicubic2d_aa", "_upsample_lanczos2d_aa",
                      "upsample_trilinear3d"), spatial),

@@ -375,8 +375,10 @@ def finish(config: Config, budget: Budget, folder: Path, ending: str, job: Job, 
     small = to_device(part.result(), "cpu").eval()
     facts = describe(part.plan, config.model, input_size, budget)
     counted = sum(count_macs(small, input_size).values())
-    if counted != facts["macs"]["pruned"] or not budget.met(part.plan.space, part.plan.widths):
+    if counted != facts["macs"]["pruned"]:
         raise RuntimeError(f"the plan says {facts['macs']}, fvcore counts {counted}: please report this")
+    if not budget.met(part.plan.space, part.plan.widths):
+        raise UserError(f"the network is larger than the run's budget, at {facts['macs']['ratio']:.4f} of the MACs: its checkpoint may be damaged; start a new run")
     plan = {**facts, "kept_indices": part.plan.by_group(), "data": {**job.preprocessing, "classes": job.classes, "split": {"val_fraction": config.val_fraction}}}
     with console.status("writing and checking artifacts"):
         artifacts.save(folder, small, plan)

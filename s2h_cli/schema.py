@@ -124,6 +124,17 @@ Bench = _record("Bench", {"place": Text, "rows": Annotated[list[Row], Field(max_
 Latency = _record("Latency", {"nodes": Annotated[list[Text], Field(max_length=100_000)], "nanoseconds": Annotated[list[Annotated[list[Finite], Field(min_length=5, max_length=5)]], Field(max_length=100_000)],
                               "whole": Positive, "least": Positive, "error": Finite})
 
+# ---------------------------------------------------------------------------------------------------------------------
+# checkpoints/last
+
+#: What `train.loop.Training.load_state_dict` reads. It holds the parts that are left open here against the model.
+State = Annotated[dict[str, Any], Field(max_length=100_000)]
+Checkpoint = _record("Checkpoint", {
+    "network": State, "method": State, "optimizer": State, "scaler": State, "ema": Optional[State],
+    "rows": Annotated[list[dict[Text, Union[Count, Finite]]], Field(max_length=1_000_000)],
+    "sums": State, "counts": dict[Text, Annotated[int, Field(ge=1, le=INT64)]], "position": Count,
+})
+
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Reading

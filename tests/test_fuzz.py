@@ -1,44 +1,18 @@
 """Some cases of benchmarks/fuzz.py, always the same: damaged files end in one line, hang nothing, and run no code."""
 
+import os
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
 pytest.importorskip("resource")
-sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
-import fuzz  # noqa: E402
-
-#: Cases of each kind: the kinds that cost little, often.
-COUNTS = {
-    "plan": 40,
-    "args": 12,
-    "bench": 10,
-    "csv": 8,
-    "weights_of_result": 12,
-    "onnx": 16,
-    "ts": 8,
-    "pt2": 6,
-    "checkpoint": 4,
-    "weights": 4,
-    "recipe": 8,
-    "images": 8,
-    "options": 24,
-}
+FUZZ = Path(__file__).parent.parent / "benchmarks" / "fuzz.py"
 
 
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("fuzz") / "base"
-    fuzz.make_base(folder, timed=False)
-    return folder
-
-
-def test_every_kind_of_case_is_run():
-    assert set(COUNTS) == set(fuzz.KINDS)
-
-
-@pytest.mark.parametrize("kind", COUNTS)
-def test_damaged_files_and_odd_options_end_in_one_line(base, kind):
-    verdicts = {seed: fuzz.case(base, kind, seed) for seed in range(COUNTS[kind])}
-    assert not {seed: (v.failures, v.words, v.output[-300:]) for seed, v in verdicts.items() if v.failures}
+def test_damaged_files_and_odd_options_end_in_one_line(tmp_path):
+    """In a process of its own: torch cannot compute gradients in a fork of one that has computed some."""
+    command = [sys.executable, str(FUZZ), "--quick", "--workers", "1", "--output", str(tmp_path / "failures.jsonl")]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0 and "172 cases" in done.stdout, done.stdout + done.stderr[-2000:]

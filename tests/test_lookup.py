@@ -190,5 +190,5 @@ def test_the_least_divisor_that_pays_is_taken(here, monkeypatch, capsys, penalty
 
 def test_a_divisor_that_is_none(here, capsys):
     options = [word for word in PRUNE if word not in ("--divisor", "2")]
-    assert s2h(*options, "--divisor", "eight") == 2 and "or auto" in capsys.readouterr().err
+    assert s2h(*options, "--divisor", "eight") == 2 and "--divisor eight is no whole number; give one such as 8, or auto" in capsys.readouterr().err
     assert s2h(*options, "--divisor", "0") == 2 and "--divisor" in capsys.readouterr().err

@@ -61,7 +61,8 @@ def in_float64(method):
 def method(request):
     torch.manual_seed(0)
     captured = capture(request.param(), (3, 8, 8)).network
-    method = in_float64(S2H(captured.double(), Space(captured, divisor=2, prune_head_dim=True), Budget(flops=0.4)))
+    space = Space(captured, divisor=2, prune_head_dim=True)
+    method = in_float64(S2H(captured.double(), space, Budget(flops=0.4)))
     with torch.no_grad():  # widths somewhere in the middle, so that hard and soft differ
         method.masks.u.normal_()
     method.start_step(0.1)

@@ -71,7 +71,7 @@ class HardNetwork:
         return {"keep": torch.from_numpy(self.plan.keep), "buffers": dict(self.module.named_buffers())}
 
     def load_state_dict(self, state: dict) -> None:
-        self.follow(Plan(self.plan.space, state["keep"].cpu().numpy()))
+        self.follow(Plan.from_file(self.plan.space, state["keep"]))
         for name, buffer in state["buffers"].items():
             self.module.get_buffer(name).copy_(buffer)
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from .. import schema
 from ..errors import UserError, why
 from ..files import check_regular, whole, writing
 
@@ -25,10 +26,11 @@ def load(path: Path) -> dict[str, Any]:
     """Reads a checkpoint; nothing but tensors and plain data is accepted.
 
     Raises:
-        UserError: it cannot be read.
+        UserError: it cannot be read, or is no checkpoint.
     """
     check_regular(path)
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged file raises whatever the unpickler meets
         raise UserError(f"cannot read checkpoint '{path}' ({why(error)}); start again in another folder with -o") from error
+    return schema.check(schema.Checkpoint, state, str(path))

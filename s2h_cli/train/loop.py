@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import random
 import time
@@ -197,7 +198,11 @@ class Training:
                 "counts": self.counts, "position": self.position}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Raises UserError where the state is of another model."""
+        """Goes on from a state of `state_dict`, that `schema.Checkpoint` describes.
+
+        Raises:
+            UserError: it is of another model, or damaged.
+        """
         try:
             self.method.network.load_state_dict(state["network"])
             self.method.load_state_dict(state["method"])
@@ -206,9 +211,26 @@ class Training:
             if self.ema:
                 self.ema.module.load_state_dict(state["ema"])
             self.rows, self.counts, self.position = state["rows"], state["counts"], state["position"]
-            self.sums = {name: tensor.to(self.device) for name, tensor in state["sums"].items()}
-        except (RuntimeError, ValueError, KeyError) as error:
+            self.sums = {name: state["sums"][name].to(self.device).double().reshape(()) for name in self.counts}
+            for optimizer in self.optimizers():
+                try_out(optimizer)
+        except (RuntimeError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:  # what reads a damaged state raises
             raise UserError(f"the checkpoint does not fit this model ({why(error)}); start a new run") from error
+
+
+@torch.no_grad()
+def try_out(optimizer: torch.optim.Optimizer) -> None:
+    """Takes a step and takes it back. `load_state_dict` accepts a state that has other shapes than the weights; a step does not."""
+    state = copy.deepcopy(optimizer.state_dict())
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    values = [parameter.clone() for parameter in parameters]
+    for parameter in parameters:
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    for parameter, value in zip(parameters, values):
+        parameter.copy_(value)
+        parameter.grad = None
+    optimizer.load_state_dict(state)
 
 
 class _Pass(nn.Module):
