@@ -10,8 +10,8 @@ convolution, whose channels lie along one of its axes, and the result is read by
   costs what the plan says; or the channels stay, and there is a reason;
 * no exception leaves our code but a `UserError`.
 
-Each operator runs in a process of its own, under a limit of time. Results are kept in `operators.json` beside this file, and
-`docs/operators.md` is written from it.
+Each operator runs in a process of its own, under a limit of time. Results are kept in `operators.json`, and `docs/operators.md` is
+written from it. Needs expecttest, which PyTorch's database imports.
 """
 
 from __future__ import annotations
@@ -21,7 +21,9 @@ import fnmatch
 import functools
 import json
 import logging
+import re
 import sys
+import textwrap
 import warnings
 from collections import Counter
 from dataclasses import dataclass
@@ -44,7 +46,7 @@ from s2h_cli.graph import capture  # noqa: E402
 from s2h_cli.plan import Space  # noqa: E402
 from s2h_cli.rebuild import rebuild  # noqa: E402
 
-DATA, PAGE = Path(__file__).with_name("operators.json"), ROOT / "docs" / "operators.md"
+DATA, PAGE = Path("operators.json"), ROOT / "docs" / "operators.md"
 LIMIT_S = 90.0
 TOLERANCE = 1e-4
 LARGE = 4096  # results of more values are not read: the linear layer would be large
@@ -182,7 +184,11 @@ def examine(variant: Variant) -> tuple[str, str]:
     except Exception as error:
         return "skipped", f"does not take such input: {brief(error)}"
     try:
-        network = capture(model, size).network
+        captured = capture(model, size)
+        network = captured.network
+        if captured.static_batch:
+            x = x[:captured.static_batch]
+            expected = model(x).detach()
     except UserError as error:
         return "refused", str(error).partition("; docs/")[0][:200]
     except Exception as error:
@@ -256,6 +262,57 @@ def sweep(name: str, variants: int) -> dict[str, Any]:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# The page
+
+#: What may become of a call, and how the page says it.
+OUTCOMES = {
+    "pruned": "channels pass through: some were cut, and the small network was right",
+    "frozen": "channels stay, with a reason, and must: the operator mixes them",
+    "gap": "channels stay, with a reason, although the operator leaves them apart",
+    "refused": "the network is refused in one line",
+    "skipped": "not tried: the operator does not take the output of a convolution, or nothing can read its result",
+    "wrong": "the captured or the small network differs, or an exception",
+    "died": "the process did not come back",
+}
+
+
+def page(data: dict[str, Any]) -> str:
+    """`docs/operators.md` from what `sweep` found for each operator."""
+    counts = {kind: [sum(row[kind].values()) if isinstance(row[kind], dict) else 1 for row in data.values() if kind in row] for kind in OUTCOMES}
+    tried = {name: row for name, row in data.items() if set(row) - {"skipped"}}
+    through = [name for name, row in tried.items() if "pruned" in row]
+    parts = [
+        "# Operators",
+        "Written by `python benchmarks/operators.py`: do not edit. Each operator of PyTorch's own test\n"
+        "database stands between convolutions and a linear layer, called with sample inputs of that\n"
+        f"database. {len(data)} operators, {len(tried)} of which take the output of a convolution; torch {torch.__version__.partition('+')[0]}.",
+        "| outcome | operators | calls |\n|---|--:|--:|\n" + "\n".join(f"| {text} | {len(counts[kind])} | {sum(counts[kind])} |" for kind, text in OUTCOMES.items()),
+        "An operator may stand in several rows: whether channels pass depends on the axis they lie along.",
+        f"## Channels pass through ({len(through)})", wrapped(through),
+        *_section("Channels stay although they need not", tried, "gap"),
+        *_section("Channels stay", {name: row for name, row in tried.items() if "pruned" not in row}, "frozen"),
+        *_section("Refused", tried, "refused"), *_section("Wrong", tried, "wrong"),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _section(title: str, rows: dict[str, Any], kind: str) -> list[str]:
+    """The operators of an outcome, by its reason."""
+    by_reason: dict[str, list[str]] = {}
+    for name, row in rows.items():
+        for reason in row.get(kind, {}):
+            by_reason.setdefault("no rule" if reason.startswith("no rule for") else re.sub(r"\S+ over channels", "it runs over channels", reason), []).append(name)
+    if not by_reason:
+        return []
+    return [f"## {title}", *(f"{reason}:\n\n{wrapped(list(dict.fromkeys(names)))}" for reason, names in sorted(by_reason.items()))]
+
+
+def wrapped(names: list[str]) -> str:
+    """Names as lines of at most 100 characters."""
+    return textwrap.fill(", ".join(f"`{name}`" for name in names), 100, break_long_words=False, break_on_hyphens=False)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 
 
 def main() -> None:
@@ -273,6 +330,8 @@ def main() -> None:
         data[task.model] = result
         args.output.write_text("{\n" + ",\n".join(f"{json.dumps(k)}: {json.dumps(v)}" for k, v in sorted(data.items())) + "\n}\n")
         print(task.model, {k: v if k in ("wrong", "gap", "died") else sum(v.values()) for k, v in result.items()}, flush=True)
+    if data.keys() >= OPERATORS.keys():
+        PAGE.write_text(page(data))
 
 
 if __name__ == "__main__":

@@ -31,7 +31,7 @@ from typing import Any, Callable, Iterator, NamedTuple
 import torch
 from torch import fx, nn
 
-from .errors import UserError
+from .errors import UserError, why
 from .faithful import Check
 from .free_batch import fixed_at, symbolic_int
 from .training_only import Drop, drops_of, forget, marked
@@ -166,7 +166,10 @@ def capture(model: nn.Module, input_size: tuple[int, int, int]) -> Captured:
     scripted = next((name or "the model" for name, module in model.named_modules() if isinstance(module, torch.jit.ScriptModule)), None)
     if scripted:
         raise UserError(f"the model cannot be captured: {scripted} is TorchScript; build it from plain torch.nn modules")
-    drops = drops_of(model, torch.randn(1, *input_size, generator=torch.Generator().manual_seed(0)))
+    try:
+        drops = drops_of(model, torch.randn(1, *input_size, generator=torch.Generator().manual_seed(0)))
+    except Exception as error:  # the model's own code
+        raise UserError(f"the model fails on one image of {'x'.join(map(str, input_size))} ({why(error)}); mend its forward") from error
     with _custom_gradients() as custom:
         exported, static_batch, fixed_by = _export(model, input_size, drops)
     _inline_regions(exported.graph_module)

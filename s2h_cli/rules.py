@@ -468,7 +468,7 @@ def instance_norm(call: Call) -> tuple[Dim, ...]:
 
 def prelu(call: Call) -> tuple[Dim, ...]:
     x, slope = call.args
-    if slope.shape[0] > 1:
+    if slope.shape and slope.shape[0] > 1:
         call.labels.join(x.dims[1], slope.dims[0])
     return x.dims
 
@@ -494,7 +494,7 @@ def group_norm(call: Call) -> tuple[Dim, ...]:
     x, groups, *affine = call.args[:4]
     _tie(call, x.dims[1], (groups, -1), axis=0)
     _per_channel(call, x, affine)
-    return x.dims
+    return tuple(dim if i < 2 else _stay_whole(call, dim, "normalised over channels") for i, dim in enumerate(x.dims))
 
 
 def reshape(call: Call) -> tuple[Dim, ...]:

@@ -38,7 +38,8 @@ class Curves:
 
     def __init__(self, folder: Path, part: Any, steps: int, done: int = 0, position: int = 0, ending: str = ""):
         self.folder, self.part, self.steps, self.next, self.ending = folder, part, steps, done * steps + position + 1, ending
-        self.widths, self.gates = (read_table(folder / name)[1][:done] for name in (WIDTHS, GATES))
+        sizes = {WIDTHS: len(part.plan.space.groups), GATES: BINS}
+        self.widths, self.gates = (read_table(folder / name, columns)[1][:done] for name, columns in sizes.items())
 
     def __enter__(self) -> "Curves":
         with written(self.folder):
@@ -88,14 +89,23 @@ def write_table(path: Path, columns: list[str], rows: list[list[float]]) -> None
         table.writerows([i, *(f"{value:.4g}" for value in row)] for i, row in enumerate(rows, 1))
 
 
-def read_table(path: Path) -> tuple[list[str], list[list[float]]]:
-    """Columns and rows of `write_table`; nothing where there is no such file."""
+def read_table(path: Path, columns: int | None = None) -> tuple[list[str], list[list[float]]]:
+    """Columns and rows of `write_table`; nothing where there is no such file.
+
+    Args:
+        columns: how many there must be, beside the epoch.
+
+    Raises:
+        UserError: it is no such table.
+    """
     if not path.exists():
         return [], []
-    columns, rows = read_csv(path)
+    names, rows = read_csv(path)
     if not all(math.isfinite(value) for row in rows for value in row):
-        raise ValueError(f"{path.name} holds values that are not finite")
-    return columns[1:], [row[1:] for row in rows]
+        raise _no_table(path, "it holds values that are not finite")
+    if columns not in (None, len(names) - 1):
+        raise _no_table(path, f"it has {len(names) - 1} columns beside the epoch, not {columns}")
+    return names[1:], [row[1:] for row in rows]
 
 
 def read_csv(path: Path) -> tuple[list[str], list[list[float]]]:
@@ -110,7 +120,11 @@ def read_csv(path: Path) -> tuple[list[str], list[list[float]]]:
             raise ValueError("its rows have different lengths")
         return columns, [[float(value or "nan") for value in row] for row in rows]
     except (ValueError, csv.Error) as error:
-        raise UserError(f"{path}: it is no table of numbers ({shown(why(error))}); a program may have changed it: delete it, and what it shows is left out") from error
+        raise _no_table(path, why(error)) from error
+
+
+def _no_table(path: Path, reason: str) -> UserError:
+    return UserError(f"{path}: it is no table of numbers ({shown(reason)}); a program may have changed it: delete it, and what it shows is left out")
 
 
 def check_log(name: str | None) -> None:
