@@ -195,19 +195,23 @@ def examine(variant: Variant) -> tuple[str, str]:
         return "wrong", f"capture: {brief(error)}"
     # Samples of random operators set the seed themselves, which no graph holds.
     chance = any(isinstance(n.target, torch._ops.OpOverload) and torch.Tag.nondeterministic_seeded in n.target.tags for n in network.graph.nodes)
+    chance |= any(n.meta.get("op") == "scaled_dot_product_attention" and n.meta["args"][4] for n in network.graph.nodes)
     try:
         space = Space(network, divisor=1)
         if not chance:
             with torch.no_grad():
                 error = relative(network(x), expected)
-            if error > TOLERANCE:
+                tolerance = max(TOLERANCE, 10 * relative(model(x * (1 + 1e-6)), expected))  # near poles any rounding is seen
+            if error > tolerance:
                 return "wrong", f"captured network differs by {error:.1e}"
         names = {f"convs.{i}" for i in range(len(variant.fed))}
+        if not any(name.startswith("convs.") for name, _ in network.named_parameters()):
+            return "skipped", "only the shape is used"
         free = {name for group in space.groups for name in group.layers} & names
         for seed in range(3 if free and not chance else 0):
             plan = helpers.random_plan(space, seed, 0.5)
             error = helpers.error_of_cutting(network, plan, masked=True)
-            if not error <= TOLERANCE:
+            if not error <= tolerance:
                 return "wrong", f"small network differs by {error:.1e}"
         if free:
             small = rebuild(network, plan := helpers.random_plan(space))

@@ -81,11 +81,9 @@ def read_plan(path: str | os.PathLike, *needs: str) -> dict[str, Any]:
     if not isinstance(plan, dict) or not isinstance(plan.get("network"), dict):
         raise UserError(f"{folder / PLAN}: it holds no network; give the folder of a finished run")
     plan = schema.check(schema.Plan, plan, str(folder / PLAN))
-    data, sizes = plan.get("data"), [plan["network"]["meta"]["input_size"], plan.get("input_size"), plan.get("data", {}).get("input_size")]
+    sizes = [plan["network"]["meta"]["input_size"], plan.get("input_size"), plan.get("data", {}).get("input_size")]
     if any(size not in (None, sizes[0]) for size in sizes):
         schema.refuse(str(folder / PLAN), ("input_size",), f"the sizes {', '.join(map(str, sizes))} differ")
-    if data and not len(data["mean"]) == len(data["std"]) == sizes[0][0]:
-        schema.refuse(str(folder / PLAN), ("data", "mean"), "mean and std need an entry for each channel of the input")
     if lacks := [key for key in needs if key not in plan]:
         raise UserError(f"{folder / PLAN}: it lacks {', '.join(lacks)}; give the folder of a finished run")
     return plan

@@ -444,13 +444,14 @@ class _Canonical:
         module = layer.build(args, weight.meta["val"], len(node.meta["val"].shape))
         if any(args[position] is None for attribute, position in layer.tensors.items() if getattr(module, attribute) is not None):
             return None  # a norm with a weight but no bias, which torch.nn does not make
-        for attribute, position in layer.tensors.items():
-            if args[position] is not None:
-                tensor = self.tensors[f"{path}.{attribute}"]
-                if attribute in module._parameters:
-                    module.register_parameter(attribute, tensor)
-                else:
-                    module.register_buffer(attribute, tensor)
+        own = {attribute: self.tensors[f"{path}.{attribute}"] for attribute, position in layer.tensors.items() if args[position] is not None}
+        if any(attribute in module._parameters and not isinstance(tensor, nn.Parameter) for attribute, tensor in own.items()):
+            return None  # a filter that does not train, kept in a buffer called `weight`
+        for attribute, tensor in own.items():
+            if attribute in module._parameters:
+                module.register_parameter(attribute, tensor)
+            else:
+                module.register_buffer(attribute, tensor)
         return self._module(path, module, node, args[0])
 
     def _batch_norm(self, node: fx.Node, args: list) -> fx.Node | None:
@@ -464,19 +465,25 @@ class _Canonical:
         calls = {user: aten_call(user) for t in tensors if t is not None for user in t.users}
         if any(op != "batch_norm" or other[1:5] != tensors for op, other in calls.values()):
             return None
-        path = mean.rpartition(".")[0]
+        owner = mean.rpartition(".")[0]
+        path = owner or node.name
         if mean in self.shared:
             return self.graph.create_node("call_module", self.shared[mean], (self._value(args[0]),))
         module = _batch_norm(args, len(node.meta["val"].shape))
-        module.momentum = getattr(self.model.get_submodule(path), "momentum", module.momentum)  # None, a mean over all batches, is 0 in the graph
+        module.momentum = getattr(self.model.get_submodule(owner), "momentum", module.momentum)  # None, a mean over all batches, is 0 in the graph
         for attribute, t in zip(LAYERS["batch_norm"].tensors, tensors):
             if t is not None:
-                setattr(module, attribute, self.tensors[self.params[t]])
-                if self.params[t] != f"{path}.{attribute}":
-                    self.notes.append(f"{self.params[t]} is a batch norm's {attribute}, and is called so in the result")
+                tensor = self.tensors[self.params[t]]
+                if attribute in module._parameters and not isinstance(tensor, nn.Parameter):  # a buffer, which does not train
+                    tensor = nn.Parameter(tensor, requires_grad=False)
+                setattr(module, attribute, tensor)
         module.num_batches_tracked = torch.zeros((), dtype=torch.long)
         made = self._module(path, module, node, args[0])
-        self.shared[mean] = made.target
+        for attribute, t in zip(LAYERS["batch_norm"].tensors, tensors):
+            if t is not None and self.params[t] != (name := f"{made.target}.{attribute}"):
+                self.notes.append(f"{self.params[t]} is a batch norm's {attribute}, and is called {name} in the result")
+                self.params[t] = name
+        self.shared[self.params[args[3]]] = made.target
         return made
 
     def _module(self, path: str, module: nn.Module, node: fx.Node, x: fx.Node) -> fx.Node | None:
@@ -503,7 +510,8 @@ class _Canonical:
         if op in SPLITS:
             dim = args[2] if len(args) > 2 else 0
             sizes = [value.shape[dim] for value in node.meta["val"]]
-            return self.graph.call_function(torch.split, (self._value(args[0]), sizes, dim))
+            if not any(map(self._is_free, sizes)):  # else the batch itself is split
+                return self.graph.call_function(torch.split, (self._value(args[0]), [self._size(size, self.batch) for size in sizes], dim))
         if op == "expand":
             sizes = [self._value(s) if isinstance(s, fx.Node) else -1 if _kept_by_expand(node, args, i) else s
                      for i, s in enumerate(args[1])]

@@ -113,12 +113,12 @@ def write_handout(folder: Path, config: Config) -> None:
 
 def card(folder: Path, plan: dict[str, Any], config: Config, scripts: list[str]) -> str:
     macs, params, results, classes = plan["macs"], plan["params"], plan["results"], plan["data"]["classes"]
-    top1 = results["top1"]
+    top1 = results.get("top1", {})
     rows = [("top-1, %", *(f"{top1[name]:.2f}" if name in top1 else "" for name in ("start", "exported"))),
             ("MACs", f"{macs['full']:,}", f"{macs['pruned']:,}"), ("parameters", f"{params['full']:,}", f"{params['pruned']:,}"),
-            ("weights, MB", f"{results['bytes_before'] / 1e6:.2f}", f"{(folder / artifacts.WEIGHTS).stat().st_size / 1e6:.2f}")]
+            ("weights, MB", f"{results['bytes_before'] / 1e6:.2f}" if "bytes_before" in results else "", f"{(folder / artifacts.WEIGHTS).stat().st_size / 1e6:.2f}")]
     files = [(as_code(file), f"{(folder / file).stat().st_size / 1e6:.2f}", f"{found['difference']:.1e}", f"{found['top1']:.2f}" if "top1" in found else "")
-             for file, found in results["files"].items() if (folder / file).is_file()]
+             for file, found in results.get("files", {}).items() if (folder / file).is_file()]
     name = short_name(plan["model"])
     if config.method == "dense":
         title, what = f"{in_markdown(name)}, trained", f"{in_markdown(name)} as it was trained; nothing was cut"

@@ -131,6 +131,8 @@ def propagate(network: fx.GraphModule, exclude: tuple[str, ...] = (), prune_head
         if isinstance(value, Ref):
             return tensors[value.name][0] if value.name in tensors else None
         if isinstance(value, Param):
+            if value.name not in state:
+                return None  # only its shape was asked for (`reshape_as`)
             if value.name not in params:
                 data = state[value.name]
                 fresh = [labels.fresh(n) if n > 1 else None for n in data.shape]
@@ -256,6 +258,8 @@ def spatial(call: Call) -> list[tuple[Dim, ...]]:
 def conv(call: Call) -> tuple[Dim, ...]:
     """Reads dim 1 of the weight, writes dim 0."""
     x, weight, bias = call.args[:3]
+    if len(x.shape) < len(weight.shape):
+        raise NoRule  # one image without an axis for it
     channels, rows, columns = x.dims[1], weight.dims[0], weight.dims[1]
     positions = [dim if _is_one_position(call, i) else _stay_whole(call, dim, "spatial positions of a convolution") for i, dim in enumerate(x.dims[2:])]
     for dim in weight.dims[2:]:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn, Optional, Union
 
 import yaml
-from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationError
 from typing_extensions import NotRequired, TypedDict
 
 from .errors import UserError, why
@@ -87,9 +87,17 @@ _DATA = {
     "classes": Annotated[list[Annotated[str, Field(max_length=1024)]], Field(min_length=1, max_length=1_000_000)],
     "split": NotRequired[_record("Split", {"val_fraction": NotRequired[Share]}, extra="forbid")], "batch": NotRequired[Annotated[int, Field(ge=1, le=LARGEST_BATCH)]],
 }
+
+
+def _for_each_channel(data: dict[str, Any]) -> dict[str, Any]:
+    if len({len(data["mean"]), len(data["std"]), data["input_size"][0]} if {"mean", "std", "input_size"} <= data.keys() else ()) > 1:
+        raise ValueError("mean and std need an entry for each channel of the input")
+    return data
+
+
 #: Preprocessing and classes; and what of them an exported file holds, which is any part.
-Data = _record("Data", _DATA)
-Metadata = _record("Metadata", _DATA, total=False, extra="forbid")
+Data = Annotated[_record("Data", _DATA), AfterValidator(_for_each_channel)]
+Metadata = Annotated[_record("Metadata", _DATA, total=False, extra="forbid"), AfterValidator(_for_each_channel)]
 Results = _record("Results", {
     "top1": NotRequired[dict[Annotated[str, Field(max_length=64, pattern=r"^\w+$")], Percent]],
     "files": NotRequired[Annotated[dict[FileName, _record("File", {"difference": Annotated[Finite, Field(ge=0)], "top1": NotRequired[Percent]})],
@@ -166,7 +174,7 @@ def shown(text: str) -> str:
 
 @cache
 def _adapter(kind: Any) -> TypeAdapter:
-    config = None if hasattr(kind, "__pydantic_config__") else ConfigDict(strict=True)
+    config = None if hasattr(getattr(kind, "__origin__", kind), "__pydantic_config__") else ConfigDict(strict=True)
     return TypeAdapter(kind, config=config)
 
 

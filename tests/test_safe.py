@@ -154,8 +154,35 @@ def zero_some(y):
     return y
 
 
+class Blur(nn.Module):
+    """A filter that does not train, in a buffer that is called as a layer's weight is."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("weight", torch.rand(16, 1, 3, 3))
+
+    def forward(self, x):
+        return F.conv2d(x, self.weight, padding=1, groups=16)
+
+
+class BufferNorm(nn.Module):
+    """A batch norm whose weight and bias are buffers."""
+
+    def __init__(self):
+        super().__init__()
+        for name in ("weight", "bias", "running_mean", "running_var"):
+            self.register_buffer(name, torch.rand(16) + 0.5)
+
+    def forward(self, x):
+        return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, self.training)
+
+
 # -- what must stay free ----------------------------------------------------------------------------------------------
 
+middle("filter_in_a_buffer", lambda n, x: n.c(n.f(n.b(x))), f=Blur)
+middle("norm_with_buffers", lambda n, x: n.c(n.f(n.b(x))), f=BufferNorm)
+middle("norm_of_the_root", lambda n, x: n.c(F.batch_norm(n.b(x), n.m, n.v, n.w, n.s, n.training)), m=lambda: torch.zeros(16), v=lambda: torch.ones(16),
+       w=lambda: nn.Parameter(torch.rand(16)), s=lambda: nn.Parameter(torch.rand(16)))
 middle("with_itself", lambda n, x: n.e(torch.cat([n.b(x), n.b(x)], 1)), free={16}, e=lambda: conv(32, 16))
 middle("concatenated_relu", lambda n, x: n.e(twice(n.b(x))), free={16}, e=lambda: conv(32, 16))
 middle("different_sources", lambda n, x: n.e(torch.cat([n.b(x), n.u(x), x], 1)), free={16, 8},

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from toy import PRUNE, s2h
 
-from s2h_cli import artifacts, bench, computed, config, network_json, operators, schema, sizes
+from s2h_cli import artifacts, bench, computed, config, handout, network_json, operators, schema, sizes
 from s2h_cli.budget import Budget
 from s2h_cli.errors import UserError
 from s2h_cli.files import read_regular
@@ -31,6 +31,8 @@ from s2h_cli.run import read_table
 
 NASTY = [None, True, -1, 0, 3, 2**70, 0.5, 1e308, float("nan"), float("inf"), "", "x" * 5000, "\x1b[2J\n", "../../etc/passwd", "__class__", "evil.py:build",
          [], [[]], {}, {"node": "x"}, {"torch": "load"}, [1e308, 1e308]]
+#: Stands for a value that is taken away.
+GONE = object()
 
 
 class Net(nn.Module):
@@ -74,17 +76,19 @@ def places(value, path=()):
 
 
 def mutations(data):
-    """Texts of JSON, each with one place of the data replaced."""
+    """Texts of JSON, each with one place of the data replaced, or without it."""
     for path in places(data):
-        for value in NASTY:
+        for value in [*NASTY, GONE]:
             changed = copy.deepcopy(data)
-            if path:
-                inner = changed
-                for key in path[:-1]:
-                    inner = inner[key]
-                inner[path[-1]] = value
+            inner = changed
+            for key in path[:-1]:
+                inner = inner[key]
+            if not path:
+                changed = None if value is GONE else value
+            elif value is GONE:
+                del inner[path[-1]]
             else:
-                changed = value
+                inner[path[-1]] = value
             yield path, value, json.dumps(changed)
 
 
@@ -110,6 +114,7 @@ def test_each_field_of_a_plan_is_refused_or_harmless(result, monkeypatch):
         assert network(torch.zeros(1, *network.meta["input_size"])).shape == (1, 2)
         tables.PlainConsole(file=io.StringIO()).print(tables.inspection(computed.checked(result).plan))
         json.dumps(page.single(page.read_run(result)), allow_nan=False)
+        handout.card(result, artifacts.read_plan(result, *computed.KEYS, "results"), config.Config(model="net", data="digits"), [])
 
     read()
     found = []
