@@ -32,7 +32,7 @@ from typing import Any, Callable, Iterator
 
 import numpy as np
 import torch
-from torch import nn
+from torch import fx, nn
 from torch.testing._internal.common_methods_invocations import op_db
 from torch.utils import _pytree as pytree
 
@@ -193,9 +193,7 @@ def examine(variant: Variant) -> tuple[str, str]:
         return "refused", str(error).partition("; docs/")[0][:200]
     except Exception as error:
         return "wrong", f"capture: {brief(error)}"
-    # Samples of random operators set the seed themselves, which no graph holds.
-    chance = any(isinstance(n.target, torch._ops.OpOverload) and torch.Tag.nondeterministic_seeded in n.target.tags for n in network.graph.nodes)
-    chance |= any(n.meta.get("op") == "scaled_dot_product_attention" and n.meta["args"][4] for n in network.graph.nodes)
+    chance = any(map(is_random, network.graph.nodes))
     try:
         space = Space(network, divisor=1)
         if not chance:
@@ -228,6 +226,13 @@ def examine(variant: Variant) -> tuple[str, str]:
         return "gap" if cuts_through(variant) and not chance else "frozen", reasons[0]
     except Exception as error:
         return "wrong", brief(error)
+
+
+def is_random(node: fx.Node) -> bool:
+    """Whether two calls give different results. Samples of random operators set the seed themselves, which no graph holds."""
+    op = node.meta.get("op", "")
+    seeded = isinstance(node.target, torch._ops.OpOverload) and torch.Tag.nondeterministic_seeded in node.target.tags
+    return seeded or "dropout" in op or "empty" in op or op == "scaled_dot_product_attention" and bool(node.meta["args"][4])
 
 
 def relative(a: torch.Tensor, b: torch.Tensor) -> float:

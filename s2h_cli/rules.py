@@ -155,7 +155,10 @@ def propagate(network: fx.GraphModule, exclude: tuple[str, ...] = (), prune_head
         elif shape is not None:
             args = node.meta["args"]
             if node.meta["op"] == "getitem":  # picks one of several outputs
-                tensors[node.name] = [tensors[args[0].name][args[1]]._replace(source=Ref(node.name))]
+                if isinstance(shape, list):  # a list among the outputs
+                    tensors[node.name] = [Tensor(s, (None,) * len(s or ()), Ref(node.name)) for s in shape]
+                else:
+                    tensors[node.name] = [tensors[args[0].name][args[1]]._replace(source=Ref(node.name))]
                 continue
             outputs = list(shape) if isinstance(shape, list) else [shape]
             args = fx.node.map_aggregate(args, labelled)
@@ -420,6 +423,8 @@ def _contracted(call: Call, a: Dim, b: Dim, operand: Tensor, axis: int) -> None:
 def attention(call: Call) -> tuple[Dim, ...]:
     """Scaled dot-product attention: q (…, L, E), k (…, S, E), v (…, S, Ev)."""
     q, k, v, mask = call.args[:4]
+    if len(q.shape) != len(k.shape):
+        raise NoRule
     _contracted(call, q.dims[-1], k.dims[-1], q, len(q.dims) - 1)
     for tokens in (q.dims[-2], k.dims[-2], v.dims[-2]):
         call.labels.freeze(tokens, "tokens of attention")
