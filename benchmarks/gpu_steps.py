@@ -22,7 +22,7 @@ from s2h_cli.source import load_source
 from s2h_cli.train.loop import Training
 from s2h_cli.train.recipe import AMP_DTYPES, default_lr, make_criterion, make_optimizer
 from step import prepared
-from torch import fx, nn
+from torch import fx
 
 FLOPS = 0.35
 CLASSES = 1000

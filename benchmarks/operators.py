@@ -310,7 +310,8 @@ def _section(title: str, rows: dict[str, Any], kind: str) -> list[str]:
     by_reason: dict[str, list[str]] = {}
     for name, row in rows.items():
         for reason in row.get(kind, {}):
-            by_reason.setdefault("no rule" if reason.startswith("no rule for") else re.sub(r"\S+ over channels", "it runs over channels", reason), []).append(name)
+            brief = re.sub(r"\S+ over channels", "it runs over channels", reason.partition(" at \"")[0])
+            by_reason.setdefault("no rule" if reason.startswith("no rule for") else brief, []).append(name)
     if not by_reason:
         return []
     return [f"## {title}", *(f"{reason}:\n\n{wrapped(list(dict.fromkeys(names)))}" for reason, names in sorted(by_reason.items()))]

@@ -383,10 +383,7 @@ class Plan:
         """
         if keep.dtype != torch.bool or keep.shape != (space.size,):
             raise ValueError(f"kept channels: {space.size} truth values are needed, not {keep.numel()} of {keep.dtype}")
-        plan = cls(space, keep.cpu().numpy())
-        if not plan.widths.all():
-            raise ValueError("kept channels: a group has none left")
-        return plan
+        return cls(space, keep.cpu().numpy())
 
     @cached_property
     def widths(self) -> np.ndarray:

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from toy import PRUNE, s2h
 
-from s2h_cli import artifacts, bench, computed, config, handout, network_json, operators, schema, sizes
+from s2h_cli import artifacts, bench, computed, config, handout, network_json, operators, sizes
 from s2h_cli.budget import Budget
 from s2h_cli.errors import UserError
 from s2h_cli.files import read_regular

@@ -72,6 +72,8 @@ class HardNetwork:
 
     def load_state_dict(self, state: dict) -> None:
         self.follow(Plan.from_file(self.plan.space, state["keep"]))
+        if empty := [name for name, weight in self.parameters().items() if not weight.numel()]:
+            raise ValueError(f"kept channels: none are left in {empty[0]}")
         for name, buffer in state["buffers"].items():
             self.module.get_buffer(name).copy_(buffer)
 
