@@ -471,11 +471,11 @@ def main() -> None:
         base = args.base or Path(place) / "base"
         if not base.exists():
             make_base(base, timed=not args.quick)
-        count = args.cases or (1 if args.only else 5000)
-        seeds = range(args.seed, args.seed + count)
-        wanted = [(args.only, seed) for seed in seeds] if args.only else cases(seeds)
+        seeds = range(args.seed, args.seed + (args.cases or (1 if args.only else 5000)))
         if args.quick:
-            wanted = [(kind, seed) for kind, count in QUICK.items() for seed in range(count)]
+            wanted = [(kind, seed) for kind in KINDS for seed in range(QUICK[kind])]
+        else:
+            wanted = [(args.only, seed) for seed in seeds] if args.only else cases(seeds)
         start, found, failed, slowest, largest = time.monotonic(), Counter(), Counter(), 0.0, 0
         with open(args.output, "w") as file:
             for kind, seed, verdict in run_cases(base, wanted, args.workers):

@@ -471,16 +471,16 @@ class _Canonical:
             return self.graph.create_node("call_module", self.shared[mean], (self._value(args[0]),))
         module = _batch_norm(args, len(node.meta["val"].shape))
         module.momentum = getattr(self.model.get_submodule(owner), "momentum", module.momentum)  # None, a mean over all batches, is 0 in the graph
-        for attribute, t in zip(LAYERS["batch_norm"].tensors, tensors):
-            if t is not None:
-                tensor = self.tensors[self.params[t]]
-                if attribute in module._parameters and not isinstance(tensor, nn.Parameter):  # a buffer, which does not train
-                    tensor = nn.Parameter(tensor, requires_grad=False)
-                setattr(module, attribute, tensor)
+        own = {attribute: t for attribute, t in zip(LAYERS["batch_norm"].tensors, tensors) if t is not None}
+        for attribute, t in own.items():
+            tensor = self.tensors[self.params[t]]
+            if attribute in module._parameters and not isinstance(tensor, nn.Parameter):  # a buffer, which does not train
+                tensor = nn.Parameter(tensor, requires_grad=False)
+            setattr(module, attribute, tensor)
         module.num_batches_tracked = torch.zeros((), dtype=torch.long)
         made = self._module(path, module, node, args[0])
-        for attribute, t in zip(LAYERS["batch_norm"].tensors, tensors):
-            if t is not None and self.params[t] != (name := f"{made.target}.{attribute}"):
+        for attribute, t in own.items():
+            if self.params[t] != (name := f"{made.target}.{attribute}"):
                 self.notes.append(f"{self.params[t]} is a batch norm's {attribute}, and is called {name} in the result")
                 self.params[t] = name
         self.shared[self.params[args[3]]] = made.target

@@ -90,7 +90,7 @@ _DATA = {
 
 
 def _for_each_channel(data: dict[str, Any]) -> dict[str, Any]:
-    if len({len(data["mean"]), len(data["std"]), data["input_size"][0]} if {"mean", "std", "input_size"} <= data.keys() else ()) > 1:
+    if {"mean", "std", "input_size"} <= data.keys() and not len(data["mean"]) == len(data["std"]) == data["input_size"][0]:
         raise ValueError("mean and std need an entry for each channel of the input")
     return data
 
